@@ -1,0 +1,2028 @@
+"""dsmq, the dead simple message queue: one file that moves strings between processes.
+
+A server holds topics in memory; clients put strings into a topic and read them back.
+
+    python dsmq.py serve                      # in one terminal
+
+    from dsmq import connect                  # in as many programs as you like
+    mq = connect()                            # 127.0.0.1, port 30008
+    mq.put("greetings", "hello")
+    mq.get("greetings")                       # "" if there is nothing (yet)
+
+Semantics
+    One-to-many: every client reads every message of a topic, first in first out, at
+    its own pace. A client sees what was put after it connected. When put returns, the
+    message is stored, once, and every other client's next get sees it. A message older
+    than the time to live (600 s) is neither handed out nor kept. A lost connection is
+    made again by the next call, which carries on where the last one stopped. After a
+    restart of the server its messages are gone; clients carry on with the new ones.
+
+Wire protocol, version 1
+    A frame is a 4-byte unsigned big-endian length and that many bytes of UTF-8 JSON,
+    always an object. One reply a request, in order, on each connection. Unknown fields
+    are ignored. A reply with `error` (text) and `code` refuses the request and changes
+    nothing. The actions, their fields and replies stand at `_Handler.ACTIONS`, and as a
+    table in README.
+
+Threads and locks
+    Server: a thread accepts, one thread serves each connection, a timer thread purges.
+    `MessageStore._lock` guards all stored state, and is never held while sending,
+    receiving, encoding or decoding. `_Server._gate` guards the set of connections.
+    Client: each call borrows a connection of its own for as long as it lasts, so calls
+    in several threads do not wait for each other; `DSMQClientSideConnection._lock`
+    guards cursors and idle connections, for moments only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import errno
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import struct
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import repeat
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+__all__ = [
+    "AuthenticationError",
+    "DSMQClientSideConnection",
+    "DSMQError",
+    "QueueFull",
+    "connect",
+    "serve",
+]
+__version__ = "2.0.0"
+
+# Programs written for the original say `from dsmq.server import serve` and
+# `from dsmq.client import connect`; both names are this module.
+server = client = sys.modules[__name__]
+sys.modules[f"{__name__}.server"] = sys.modules[f"{__name__}.client"] = server
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("dsmq")
+_log.addHandler(logging.NullHandler())  # a library prints nothing unless asked to
+
+# ---------------------------------------------------------------------------- limits
+
+DEFAULT_HOST = "127.0.0.1"  # loopback: nobody else on the network gets in unasked
+DEFAULT_PORT = 30008
+PROTOCOL = 1
+
+TIME_TO_LIVE_SECONDS = 600.0
+MAX_BYTES = 1 << 30  # memory of stored messages: what a small machine can spare
+MAX_FRAME_BYTES = 16 << 20  # a request or reply: an image fits, a film does not
+MIN_FRAME_BYTES = 1000  # below it the server's own replies and errors do not fit
+MAX_CLIENTS = 10_000  # connections, a thread each
+MAX_TOPIC_CHARACTERS = 1000
+MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
+MAX_NAME_CHARACTERS = 256  # of a `client` or `nonce` field, which the server keeps
+ENVELOPE_BYTES = 128  # of a reply around its messages and ids
+PUT_ENVELOPE_BYTES = 160  # of a client's put around its topic and messages
+ID_BYTES = 20  # of an id in a reply, at most
+# What a stored message takes in memory beside its text (row, index; measured 65 to 75
+# bytes), and what a topic takes beside its name: both count towards max_bytes, so that
+# a flood of empty messages is bounded too.
+MESSAGE_OVERHEAD_BYTES = 72
+TOPIC_OVERHEAD_BYTES = 400
+
+UNTRUSTED_FRAME_BYTES = 4096  # a peer that has yet to prove the secret needs no more
+STALL_SECONDS = 30.0  # a peer silent inside a frame, or not reading, is dropped
+LONGEST_SECONDS = 1e6  # a timeout every system takes; longer ones begin again
+LINGER_SECONDS = 1.0  # a refused peer gets this long to read why
+MAX_WAIT_SECONDS = 30.0  # one request's wait; clients ask again, so the dead are found
+VANISHED_CHECK_SECONDS = 2.0  # between looks whether a waiting client is still there
+KEEPALIVE_SECONDS = 60  # of silence, then TCP asks whether the peer still lives
+CLOSE_SECONDS = 0.3  # for connections to end by themselves when the server stops
+POLL_SECONDS = 0.1  # between looks whether the server should stop
+RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles
+MAX_RETRY_PAUSE_SECONDS = 0.25  # so a server started at the same moment is found soon
+
+PURGE_SECONDS = 0.5  # between looks for expired messages
+PURGE_PAUSE_SECONDS = 0.001  # between steps, in which other threads get the lock
+STEP_MESSAGES = 500  # handled in one hold of the store's lock: about a millisecond
+STEP_BYTES = 1 << 20  # likewise
+COMPACT_BYTES = 16 << 20  # free memory in the database worth giving back
+REMEMBERED_CLIENTS = 10_000  # whose last puts are remembered, and ...
+REMEMBERED_PUTS = 64  # ... how many of each, so that a repeated put is stored once
+REMEMBERED_SECONDS = 60.0  # at least, however short the messages live
+
+READ_AHEAD_MESSAGES = 1000  # one request's worth of messages at most, ...
+READ_AHEAD_FIRST = 10  # ... while their size is unknown, ...
+READ_AHEAD_BYTES = 1 << 20  # ... and once it is known
+IDLE_RECEIVE_BYTES = 4096  # a thread's buffer while it waits for a peer to speak
+RECEIVE_BYTES = 1 << 18  # and while a long frame arrives
+LONG_TEXT_BYTES = 4096  # above it the quick way to encode pays
+
+# ---------------------------------------------------------------------------- errors
+
+
+class DSMQError(Exception):
+    """The root of dsmq's own errors: the server refused, for the reason it names."""
+
+
+class QueueFull(DSMQError):
+    """The server's memory limit, `max_bytes`, is reached; nothing was stored."""
+
+
+class AuthenticationError(DSMQError):
+    """A peer did not prove that it knows the shared secret."""
+
+
+class FrameError(DSMQError, ConnectionError):
+    """The peer's bytes are no frame of this protocol; the connection is given up."""
+
+
+class _Refusal(Exception):
+    """A request the server refuses: what the error reply says."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def _shown(value: object) -> str:
+    """A value as an error message shows it: one line of bounded length, in ASCII."""
+    text = repr(value[:60] if isinstance(value, (str, bytes)) else value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+# ---------------------------------------------------------------------------- frames
+
+_HEADER = struct.Struct(">I")
+_CONTROL_CHARACTERS = bytes(range(32))
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def encode_text(text: str) -> bytes:
+    """`text` as UTF-8 JSON. Raises UnicodeEncodeError for a lone surrogate."""
+    if len(text) > LONG_TEXT_BYTES:
+        raw = text.encode()
+        # json looks at each character twice; four passes in C over bytes that need no
+        # escape take a quarter of that (0.25 ms instead of 1 ms for 500 kB).
+        if (
+            b'"' not in raw
+            and b"\\" not in raw
+            and len(raw.translate(None, _CONTROL_CHARACTERS)) == len(raw)
+        ):
+            return b'"%b"' % raw
+    return json.encoder.encode_basestring(text).encode()
+
+
+def encode_frame(body: bytes) -> bytes:
+    """A frame around `body`: header and body together, for one send and one packet."""
+    return _HEADER.pack(len(body)) + body
+
+
+def encode_object(fields: dict[str, Any]) -> bytes:
+    """The frame of a JSON object, in ASCII so that any text survives in an error."""
+    return encode_frame(_encode(fields).encode())
+
+
+def _bounded_int(digits: str) -> int:
+    # Python's own parsing of an integer takes quadratic time, or fails, for thousands
+    # of digits; beyond 64 bits one value too large is as wrong as any other.
+    return int(digits) if len(digits) <= 20 else MAX_INTEGER + 1
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_int=_bounded_int, parse_constant=_no_constant).decode
+
+
+def decode_object(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object in a frame's body. Raises FrameError if it is not one."""
+    try:
+        value = _decode(str(body, "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"a frame must be UTF-8 JSON: {_shown(str(error))}") from None
+    if not isinstance(value, dict):
+        raise FrameError(f"a frame must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+class FrameSocket:
+    """A connected socket that sends and receives whole frames, at either end.
+
+    `end` is a monotonic time by which the call must be done, or TimeoutError is raised.
+    Without it every single send and receive may take STALL_SECONDS, except that a frame
+    may be waited for as long as it takes to begin.
+    """
+
+    def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
+        # A small frame must not wait for the acknowledgement of the one before it.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer whose machine vanished never says so; keepalive finds out.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):  # elsewhere the system's two hours hold
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        sock.settimeout(STALL_SECONDS)
+        self.sock = sock
+        self.max_frame_bytes = max_frame_bytes
+        self._unread = b""
+
+    def _limit_to(self, end: float | None) -> None:
+        if end is not None:
+            remaining = end - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError("timed out")
+            self.sock.settimeout(min(remaining, LONGEST_SECONDS))
+
+    def send(self, frame: bytes, end: float | None = None) -> None:
+        """Sends it all. socket.sendall would allow STALL_SECONDS for the whole frame,
+        which a long one over a slow line may need, as long as it moves."""
+        view = memoryview(frame)
+        while view:
+            self._limit_to(end)
+            view = view[self.sock.send(view) :]
+
+    def receive(self, end: float | None = None) -> bytes | bytearray | None:
+        """The body of the next frame; None if the peer closed after the last one.
+        Raises FrameError for one longer than `max_frame_bytes`, ConnectionError if the
+        peer closed in its middle."""
+        data = self._unread
+        while len(data) < _HEADER.size:
+            self._limit_to(end)
+            try:
+                chunk = self.sock.recv(IDLE_RECEIVE_BYTES)
+            except TimeoutError:
+                if data or end is not None:
+                    raise
+                continue
+            if not chunk and not data:
+                return None
+            data += self._not_cut(chunk)
+        (size,) = _HEADER.unpack_from(data)
+        if size > self.max_frame_bytes:
+            raise FrameError(
+                f"a frame of {size} bytes, but the limit is {self.max_frame_bytes}"
+            )
+        total = _HEADER.size + size
+        if len(data) < total:
+            return self._receive_rest(bytearray(data), total, end)
+        self._unread = data[total:]
+        return data[_HEADER.size : total]
+
+    def _receive_rest(
+        self, data: bytearray, total: int, end: float | None
+    ) -> bytearray:
+        # Memory grows with what came: a length announced and never sent costs nothing.
+        self._unread = b""
+        while len(data) < total:
+            self._limit_to(end)
+            data += self._not_cut(self.sock.recv(min(total - len(data), RECEIVE_BYTES)))
+        del data[: _HEADER.size]
+        return data
+
+    @staticmethod
+    def _not_cut(chunk: bytes) -> bytes:
+        if not chunk:
+            raise ConnectionResetError("the peer closed in the middle of a frame")
+        return chunk
+
+    def shut(self, how: int = socket.SHUT_RDWR) -> None:
+        """Ends the conversation from any thread; the one using the socket finds out."""
+        # Not SSLSocket's own, after which its user would go on in plain text.
+        with contextlib.suppress(OSError):  # the peer may have been faster
+            socket.socket.shutdown(self.sock, how)
+
+    def close(self) -> None:
+        """Frees the descriptor and no more: after a fork the other side has it too."""
+        self.sock.close()
+
+
+# --------------------------------------------------------------------- message store
+
+
+class Batch(NamedTuple):
+    """Messages of a topic in order, as the store keeps them."""
+
+    ids: list[int]
+    bodies: list[bytes]
+    expires_seconds: float  # until the oldest of them expires
+
+
+EMPTY = Batch([], [], 0.0)
+
+
+class Waiter:
+    """A reader that waits for a topic's next message.
+
+    `woken` is held from the start; whoever took the waiter out of its topic (put, or
+    close) releases it, once. `push` sends what it can of a reply and gives the rest,
+    which is kept in `rest` for the waiting thread to send.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        after: int,
+        limit: int,
+        room_bytes: int,
+        push: Callable[[bytes], bytes],
+    ) -> None:
+        self.topic = topic
+        self.after = after
+        self.limit = limit
+        self.room_bytes = room_bytes
+        self.push = push
+        self.rest = b""
+        self.woken = threading.Lock()
+        self.woken.acquire()
+
+
+class _Topic:
+    __slots__ = ("bytes", "key", "messages", "name", "newest", "waiters")
+
+    def __init__(self, name: str, key: int) -> None:
+        self.name = name
+        self.key = key  # stands for the name in every row and index entry
+        self.newest = 0  # id; answers a reader that has everything without SQL
+        self.messages = 0
+        self.bytes = TOPIC_OVERHEAD_BYTES + len(name.encode())
+        self.waiters: dict[Waiter, None] = {}  # a set that keeps order
+
+
+class _RecentPuts:
+    __slots__ = ("at", "heads")
+
+    def __init__(self) -> None:
+        self.at = 0.0
+        self.heads: dict[int, int] = {}  # by sequence, newest last
+
+
+def _gather(
+    rows: Iterable[tuple[int, bytes, float]], limit: int, room_bytes: int
+) -> tuple[list[int], list[bytes], float]:
+    """Ids and bodies of the first rows that fit, at least one if there is one, and when
+    the first of them was put."""
+    ids: list[int] = []
+    bodies: list[bytes] = []
+    first_put_at = 0.0
+    for id_, body, put_at in rows:
+        room_bytes -= len(body) + ID_BYTES
+        if not ids:
+            first_put_at = put_at
+        elif room_bytes < 0:
+            break
+        ids.append(id_)
+        bodies.append(body)
+        if len(ids) >= limit:
+            break
+    return ids, bodies, first_put_at
+
+
+class MessageStore:
+    """Topics of messages, which are opaque bytes here; all semantics but the cursors.
+
+    Ids are contiguous over all topics: the rows are exactly those with ids from
+    `_purged + 1` to `_head`, in the order of their age. So the oldest go first, and the
+    boundary between expired and live is found by bisection.
+    """
+
+    def __init__(
+        self,
+        time_to_live: float,
+        max_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.time_to_live = time_to_live
+        self.max_bytes = max_bytes
+        self._clock = clock
+        self._lock = threading.Lock()  # guards everything below
+        self._db = self._open()
+        # The one look at the wall clock. Microseconds, because ids then grow more
+        # slowly than the clock does, so a restarted server starts above them, and stay
+        # below 2**53, where JavaScript's integers end, for two centuries.
+        self._head = self._purged = time.time_ns() // 1000
+        self._bytes = 0
+        self._topics: dict[str, _Topic] = {}
+        self._topics_by_key: dict[int, _Topic] = {}
+        self._last_key = 0
+        self._recent: OrderedDict[str, _RecentPuts] = OrderedDict()  # by client
+        self._closed = False
+
+    @staticmethod
+    def _open() -> sqlite3.Connection:
+        # Any thread may use it, under the lock. Autocommit: put begins its own
+        # transactions. The journal stays on, in memory (0.7 us a put): without it a
+        # statement that runs out of memory half-way leaves a broken database.
+        db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        # Bodies are last in the row and the index holds none of them, so long messages
+        # do not slow their neighbours. The index ends with the id, as all do.
+        db.execute(
+            "CREATE TABLE messages (id INTEGER PRIMARY KEY, topic INTEGER NOT NULL,"
+            " put_at REAL NOT NULL, body BLOB NOT NULL)"
+        )
+        db.execute("CREATE INDEX by_topic ON messages (topic)")
+        return db
+
+    @property
+    def head(self) -> int:
+        """The newest id."""
+        return self._head
+
+    def put(
+        self, topic: str, bodies: list[bytes], origin: tuple[str, int] | None = None
+    ) -> tuple[int, Batch, list[Waiter]]:
+        """Stores all bodies or none; gives the id of the last, what was stored, and the
+        waiters now to be answered by the caller. A put whose `origin`, a client and its
+        sequence number, was stored before gives that id and nothing else. Raises
+        QueueFull."""
+        with self._lock:
+            known = self._known_head(origin)
+            if known is not None:
+                return known, EMPTY, []
+            entry = self._topics.get(topic) or _Topic(topic, self._last_key + 1)
+            cost = sum(map(len, bodies)) + MESSAGE_OVERHEAD_BYTES * len(bodies)
+            self._check_room(cost + (0 if entry.messages else entry.bytes))
+            ids = list(range(self._head + 1, self._head + 1 + len(bodies)))
+            now = self._clock()
+            self._insert([(id_, entry.key, now, b) for id_, b in zip(ids, bodies)])
+            self._count(entry, len(bodies), cost)
+            self._head = entry.newest = ids[-1]
+            self._remember(origin, now)
+            # A reader whose `after` is above the head waits for later messages.
+            woken = [w for w in entry.waiters if w.after < self._head]
+            for waiter in woken:
+                del entry.waiters[waiter]
+            return self._head, Batch(ids, bodies, self.time_to_live), woken
+
+    def _check_room(self, cost_bytes: int) -> None:
+        if self._bytes + cost_bytes > self.max_bytes:
+            raise QueueFull(
+                f"no room for {cost_bytes} bytes: {self._bytes} of max_bytes"
+                f" {self.max_bytes} are in use"
+            )
+
+    def _insert(self, rows: list[tuple[int, int, float, bytes]]) -> None:
+        sql = "INSERT INTO messages VALUES (?, ?, ?, ?)"
+        if len(rows) == 1:
+            self._db.execute(sql, rows[0])
+            return
+        self._db.execute("BEGIN")
+        try:
+            self._db.executemany(sql, rows)
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def _count(self, entry: _Topic, messages: int, cost_bytes: int) -> None:
+        """Adds to the accounts (or takes from them) of a topic and of the whole."""
+        if entry.messages == 0:
+            self._bytes += entry.bytes
+            self._enter(entry)
+        entry.messages += messages
+        entry.bytes += cost_bytes
+        self._bytes += cost_bytes
+        if entry.messages == 0:
+            self._bytes -= entry.bytes
+            self._forget_if_unused(entry)
+
+    def _enter(self, entry: _Topic) -> None:
+        self._last_key = max(self._last_key, entry.key)
+        self._topics[entry.name] = self._topics_by_key[entry.key] = entry
+
+    def _forget_if_unused(self, entry: _Topic) -> None:
+        if not entry.messages and not entry.waiters:
+            del self._topics[entry.name], self._topics_by_key[entry.key]
+
+    def _known_head(self, origin: tuple[str, int] | None) -> int | None:
+        recent = self._recent.get(origin[0]) if origin else None
+        return recent.heads.get(origin[1]) if recent and origin else None
+
+    def _remember(self, origin: tuple[str, int] | None, now: float) -> None:
+        if origin is None:
+            return
+        client, sequence = origin
+        recent = self._recent.setdefault(client, _RecentPuts())
+        self._recent.move_to_end(client)
+        recent.at = now
+        recent.heads[sequence] = self._head
+        if len(recent.heads) > REMEMBERED_PUTS:
+            del recent.heads[next(iter(recent.heads))]
+        if len(self._recent) > REMEMBERED_CLIENTS:
+            self._recent.popitem(last=False)
+
+    def get(
+        self,
+        topic: str,
+        after: int,
+        limit: int,
+        room_bytes: int,
+        waiter: Waiter | None = None,
+    ) -> Batch:
+        """The oldest live messages with ids above `after`, as many as fit `limit` and
+        `room_bytes` (each with ID_BYTES), at least one if there is one. If there is
+        none, `waiter` begins to wait for one."""
+        batch = Batch([], [], 0.0)
+        while len(batch.ids) < limit:
+            # In steps, for a long read must not keep everyone else from the lock.
+            step = min(limit - len(batch.ids), STEP_MESSAGES)
+            with self._lock:
+                more = self._read(topic, after, step, min(room_bytes, STEP_BYTES))
+                if waiter and not more.ids and not batch.ids:
+                    self._begin_wait(waiter)
+            room_bytes -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
+            if not more.ids or (batch.ids and room_bytes < 0):
+                break
+            batch.ids.extend(more.ids)
+            batch.bodies.extend(more.bodies)
+            after = more.ids[-1]
+            if len(batch.ids) == len(more.ids):
+                batch = batch._replace(expires_seconds=more.expires_seconds)
+        return batch
+
+    def _read(self, topic: str, after: int, limit: int, room_bytes: int) -> Batch:
+        entry = self._topics.get(topic)
+        if entry is None or entry.newest <= after:
+            return EMPTY
+        cutoff = self._clock() - self.time_to_live
+        ids, bodies, put_at = self._select(entry, after, limit, room_bytes)
+        # Rows are in the order of their age, so only the first needs a look.
+        if ids and put_at <= cutoff:
+            after = max(after, self._newest_expired(cutoff))
+            ids, bodies, put_at = self._select(entry, after, limit, room_bytes)
+        return Batch(ids, bodies, put_at - cutoff) if ids else EMPTY
+
+    def _select(
+        self, entry: _Topic, after: int, limit: int, room_bytes: int
+    ) -> tuple[list[int], list[bytes], float]:
+        cursor = self._db.execute(
+            "SELECT id, body, put_at FROM messages WHERE topic = :topic AND id > :after"
+            " ORDER BY id LIMIT :limit",
+            {"topic": entry.key, "after": after, "limit": limit},
+        )
+        try:
+            return _gather(cursor, limit, room_bytes)
+        finally:
+            cursor.close()  # a statement left half-way would get in the way of a DELETE
+
+    def get_latest(self, topic: str, after: int) -> Batch:
+        """The newest live message with an id above `after`, or none."""
+        with self._lock:
+            entry = self._topics.get(topic)
+            if entry is None or entry.newest <= after:
+                return EMPTY
+            return self._read(topic, entry.newest - 1, 1, 0)
+
+    def _newest_expired(self, cutoff: float) -> int:
+        ids = range(self._purged + 1, self._head + 1)
+        return self._purged + bisect.bisect_right(ids, cutoff, key=self._put_at)
+
+    def _put_at(self, id_: int) -> float:
+        sql = "SELECT put_at FROM messages WHERE id = :id"
+        return float(self._db.execute(sql, {"id": id_}).fetchone()[0])
+
+    def _begin_wait(self, waiter: Waiter) -> None:
+        if self._closed:
+            waiter.woken.release()
+            return
+        entry = self._topics.get(waiter.topic)
+        if entry is None:
+            entry = _Topic(waiter.topic, self._last_key + 1)
+            self._enter(entry)
+        entry.waiters[waiter] = None
+
+    def end_wait(self, waiter: Waiter) -> bool:
+        """Whether the waiter was still waiting; if not, a put has it in hand."""
+        with self._lock:
+            entry = self._topics.get(waiter.topic)
+            if entry is None or waiter not in entry.waiters:
+                return False
+            del entry.waiters[waiter]
+            self._forget_if_unused(entry)
+            return True
+
+    def purge(self) -> bool:
+        """Frees the oldest expired messages, a step's worth; whether there were any."""
+        with self._lock:
+            newest, costs = self._expired_step(self._clock() - self.time_to_live)
+            if not costs:
+                return False
+            self._db.execute("DELETE FROM messages WHERE id <= :id", {"id": newest})
+            self._purged = newest
+            for key, (messages, cost_bytes) in costs.items():
+                self._count(self._topics_by_key[key], -messages, -cost_bytes)
+            return True
+
+    def _expired_step(self, cutoff: float) -> tuple[int, dict[int, tuple[int, int]]]:
+        """The newest id of the step, and its messages and bytes by topic key."""
+        newest = self._purged
+        costs: dict[int, tuple[int, int]] = {}
+        room_bytes = STEP_BYTES
+        cursor = self._db.execute(
+            "SELECT id, topic, put_at, length(body) FROM messages"
+            " ORDER BY id LIMIT :limit",
+            {"limit": STEP_MESSAGES},
+        )
+        for id_, key, put_at, size in cursor:
+            if put_at > cutoff or room_bytes <= 0:
+                break
+            newest = id_
+            room_bytes -= size
+            messages, cost_bytes = costs.get(key, (0, 0))
+            costs[key] = messages + 1, cost_bytes + size + MESSAGE_OVERHEAD_BYTES
+        cursor.close()  # a statement left half-way would get in the way of the DELETE
+        return newest, costs
+
+    def forget_puts(self) -> None:
+        """Frees the memory of puts too long ago to be repeated."""
+        with self._lock:
+            kept = max(self.time_to_live, REMEMBERED_SECONDS)
+            oldest = self._clock() - kept
+            while self._recent and next(iter(self._recent.values())).at < oldest:
+                self._recent.popitem(last=False)
+
+    def compact(self) -> None:
+        """Gives memory back to the system once little is left of much: SQLite keeps the
+        pages of deleted rows for new ones, so the few live rows move to a new
+        database."""
+        with self._lock:
+            if self._head - self._purged > STEP_MESSAGES or self._bytes > STEP_BYTES:
+                return
+            (pages,) = self._db.execute("PRAGMA freelist_count").fetchone()
+            (page_bytes,) = self._db.execute("PRAGMA page_size").fetchone()
+            if pages * page_bytes < COMPACT_BYTES:
+                return
+            old, new = self._db, self._open()
+            rows = old.execute("SELECT id, topic, put_at, body FROM messages")
+            new.executemany("INSERT INTO messages VALUES (?, ?, ?, ?)", rows)
+            self._db = new
+        old.close()  # takes a while, without the lock
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of messages and bytes, in all and by topic."""
+        with self._lock:
+            topics = [(t.name, t.messages, t.bytes) for t in self._topics.values()]
+            messages, bytes_ = self._head - self._purged, self._bytes
+        return {
+            "messages": messages,
+            "bytes": bytes_,
+            "time_to_live": self.time_to_live,
+            "max_bytes": self.max_bytes,
+            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics if m},
+        }
+
+    def close(self) -> None:
+        """Wakes every waiter; no more are taken on."""
+        with self._lock:
+            self._closed = True
+            waiters = [w for t in self._topics.values() for w in t.waiters]
+            for entry in list(self._topics.values()):
+                entry.waiters.clear()
+        for waiter in waiters:
+            waiter.woken.release()
+
+
+# ---------------------------------------------------------------------------- server
+
+
+class _Connection(FrameSocket):
+    """The server's end of a client's connection.
+
+    Its own thread serves it; besides, the thread of a client that puts may `push` the
+    reply to a waiting reader, while the connection's own thread sleeps.
+    """
+
+    def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
+        super().__init__(sock, max_frame_bytes)
+        self.peer = _address(sock.getpeername())
+        self._at_once: socket.socket | None = None
+
+    def start(self, context: ssl.SSLContext | None) -> None:
+        """The TLS handshake, if any: in the connection's own thread: it may stall."""
+        if context:
+            self.sock = context.wrap_socket(self.sock, server_side=True)
+            return  # two threads must not use a TLS socket, so nothing is pushed
+        # A second view of the same descriptor, which never waits. (The first has a
+        # timeout, and Python then waits for the socket before each send.)
+        family, kind, proto = self.sock.family, self.sock.type, self.sock.proto
+        self._at_once = socket.socket(family, kind, proto, self.sock.fileno())
+        self._at_once.setblocking(False)
+
+    def push(self, frame: bytes) -> bytes:
+        """Sends as much as the peer takes without waiting; gives the rest."""
+        try:
+            return frame[self._at_once.send(frame) :] if self._at_once else frame
+        except OSError:  # full, or broken: the connection's own thread will see to it
+            return frame
+
+    def vanished(self) -> bool:
+        """Whether the peer has closed, as far as can be told without waiting."""
+        try:
+            return self._at_once is not None and not self._at_once.recv(
+                1, socket.MSG_PEEK
+            )
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def linger(self) -> None:
+        """Reads until the peer closes: bytes left unread would reset the connection,
+        and the peer might lose the reply that says why it is being closed."""
+        self.shut(socket.SHUT_WR)
+        end = time.monotonic() + LINGER_SECONDS
+        try:
+            self._limit_to(end)
+            while self.sock.recv(RECEIVE_BYTES):
+                self._limit_to(end)
+        except OSError:
+            pass  # the time is up, or the peer is gone
+
+    def close(self) -> None:
+        if self._at_once:
+            self._at_once.detach()
+        super().close()
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    """Accepts connections, a thread each, and stops when a client or Ctrl-C says so."""
+
+    daemon_threads = True  # an idle client must not keep the process alive ...
+    block_on_close = False  # ... nor server_close() waiting; `close` does that, bounded
+    request_queue_size = 1024  # clients may all come at the same moment
+    # On Windows this option would let a second server take over the port.
+    allow_reuse_address = os.name != "nt"
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        store: MessageStore,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        max_clients: int = MAX_CLIENTS,
+        secret: str | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.store = store
+        self.max_frame_bytes = max_frame_bytes
+        self.max_clients = max_clients
+        self.secret = secret
+        self.context = context
+        self.started = time.monotonic()
+        self.stopping = threading.Event()  # set once, by whoever stops the server
+        # Guards `connections`; notified when one has gone.
+        self._gate = threading.Condition()
+        self.connections: set[_Connection] = set()
+        self._refusing = False  # so that a flood is logged once
+        # Given up for a moment to accept, and turn away, a client when no more
+        # descriptors can be had.
+        self._spare: socket.socket | None = None
+        family, *_, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        self.address_family = family
+        super().__init__((str(address[0]), int(address[1])), _Handler)
+        self._spare = socket.socket()
+
+    def run(self) -> None:
+        """Serves until stopped, then closes."""
+        timer = threading.Thread(target=self._purge, name="dsmq purge", daemon=True)
+        timer.start()
+        try:
+            self.serve_forever(POLL_SECONDS)
+        except KeyboardInterrupt:
+            pass  # the usual way to stop a server by hand
+        finally:
+            self.close()
+            timer.join(CLOSE_SECONDS)
+
+    def stop(self) -> None:
+        """Ends `run` from another thread; returns when the port is free."""
+        self.shutdown()
+        self.server_close()
+        self.stopping.set()
+
+    def close(self) -> None:
+        """Frees the port and ends every conversation, after the reply under way."""
+        self.server_close()
+        self.stopping.set()
+        self.store.close()
+        with self._gate:
+            for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+                for connection in self.connections:
+                    connection.shut(how)
+                self._gate.wait_for(lambda: not self.connections, CLOSE_SECONDS / 2)
+
+    def server_close(self) -> None:
+        # Closing alone leaves the port taken while a forked child has it too. Not all
+        # systems can do this, nor can it be done twice.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        super().server_close()
+        if self._spare:
+            self._spare.close()
+
+    def _purge(self) -> None:
+        """The timer thread: frees expired messages, also in topics nobody touches."""
+        while not self.stopping.wait(PURGE_SECONDS):
+            try:
+                while self.store.purge():
+                    if self.stopping.wait(PURGE_PAUSE_SECONDS):
+                        return
+                self.store.forget_puts()
+                self.store.compact()
+            except MemoryError:  # try again: freeing is what helps
+                _log.exception("purging failed")
+
+    # A connection's way: get_request accepts it, process_request starts its thread,
+    # in which _Handler serves it, and shutdown_request closes it, whatever happened.
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._refuse_without_descriptor()
+            raise  # socketserver goes on with the next
+        try:
+            return _Connection(sock, self.max_frame_bytes), address
+        except OSError:
+            sock.close()  # the client has gone again
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._gate:
+            full = len(self.connections) >= self.max_clients
+            if not full:
+                self.connections.add(request)
+        if full:
+            self._refuse(request, f"max_clients {self.max_clients} is reached")
+            return
+        try:
+            super().process_request(request, client_address)
+            self._refusing = False
+        except (RuntimeError, MemoryError) as error:  # no thread to be had
+            self._gone(request)
+            self._refuse(request, f"the server has no thread left: {error}")
+
+    def _refuse(self, connection: _Connection, why: str) -> None:
+        if not self._refusing:
+            _log.warning("refusing clients from %s on: %s", connection.peer, why)
+        self._refusing = True
+        try:
+            connection.sock.setblocking(False)  # the thread that accepts must not wait
+            if not self.context:
+                connection.sock.send(encode_object({"error": why, "code": "busy"}))
+                connection.shut(socket.SHUT_WR)
+                connection.sock.recv(IDLE_RECEIVE_BYTES)  # unread, it would be a reset
+        except OSError:
+            pass  # the client has gone, or will find the connection closed
+        connection.close()
+
+    def _refuse_without_descriptor(self) -> None:
+        if self._spare:
+            self._spare.close()
+            self._spare = None
+            try:
+                connection = _Connection(self.socket.accept()[0], self.max_frame_bytes)
+                self._refuse(connection, "the server has no descriptor left")
+            except OSError:
+                pass  # another thread took the descriptor, or the client has gone
+        try:
+            self._spare = socket.socket()
+        except OSError:
+            self.stopping.wait(POLL_SECONDS)  # or accepting would fail without a pause
+
+    def _gone(self, connection: _Connection) -> None:
+        with self._gate:
+            self.connections.discard(connection)
+            self._gate.notify_all()
+
+    def shutdown_request(self, request: Any) -> None:
+        request.close()
+        self._gone(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A peer cannot cause this; a fault of ours ends one connection, and is told.
+        _log.exception("a fault while serving %s", request.peer)
+
+    def deliver(self, batch: Batch, waiters: list[Waiter]) -> None:
+        """Answers waiting readers, in the putter's thread: a reply that many of them
+        get is encoded once, and sent before their threads are awake."""
+        replies: dict[tuple[int, int, int], bytes] = {}
+        for waiter in waiters:
+            start = bisect.bisect_right(batch.ids, waiter.after)
+            key = start, waiter.limit, waiter.room_bytes
+            if key not in replies:
+                rows = zip(batch.ids[start:], batch.bodies[start:], repeat(0.0))
+                ids, bodies, _ = _gather(rows, waiter.limit, waiter.room_bytes)
+                part = Batch(ids, bodies, batch.expires_seconds)
+                replies[key] = _messages_reply(part)
+            waiter.rest = waiter.push(replies[key])
+        for waiter in waiters:
+            waiter.woken.release()
+
+
+def _address(address: Any) -> str:
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
+
+
+def _messages_reply(batch: Batch) -> bytes:
+    """The reply to a get: put together from bodies encoded when they were put."""
+    if not batch.ids:
+        return _NO_MESSAGES
+    return encode_frame(
+        b'{"messages":[%b],"ids":[%b],"expires":%.6f}'
+        % (
+            b",".join(batch.bodies),
+            ",".join(map(str, batch.ids)).encode(),
+            batch.expires_seconds,
+        )
+    )
+
+
+_NO_MESSAGES = encode_object({"messages": [], "ids": []})
+
+
+def _proof(secret: str, role: str, nonce: str, challenge: str) -> str:
+    """What only someone who knows the secret can say to this nonce and challenge; the
+    role keeps one side's proof from being sent back as the other's."""
+    text = f"dsmq {role}:{nonce}:{challenge}"
+    return hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    """Serves one connection: a request, its reply, the next request."""
+
+    server: _Server
+    request: _Connection
+
+    def handle(self) -> None:
+        self._trusted = self.server.secret is None
+        self._expected_proof = ""  # the client's, once it said hello
+        # Without it someone who knows no secret could keep a thread for ever.
+        self._end = None if self._trusted else time.monotonic() + STALL_SECONDS
+        try:
+            self.request.start(self.server.context)
+            if not self._trusted:
+                self.request.max_frame_bytes = UNTRUSTED_FRAME_BYTES
+            self._converse()
+        except FrameError as error:
+            _log.info("closing %s: %s", self.request.peer, error)
+            self._say_goodbye("bad_frame", str(error))
+        except OSError as error:  # vanished, stalled, does not read, or speaks no TLS
+            _log.info("closing %s: %s", self.request.peer, error)
+
+    def _say_goodbye(self, code: str, text: str) -> None:
+        try:
+            self.request.send(encode_object({"error": text, "code": code}))
+            self.request.linger()
+        except OSError:
+            pass  # where possible: the peer has gone already
+
+    def _converse(self) -> None:
+        while not self.server.stopping.is_set():
+            body = self.request.receive(self._end)
+            if body is None:
+                return
+            reply = self._answer(decode_object(body))
+            del body  # a long one must not stay while the thread waits for the next
+            if reply:
+                self.request.send(reply)
+
+    def _answer(self, request: dict[str, Any]) -> bytes:
+        """The reply's frame, or what is left of it to send."""
+        try:
+            action = request.get("action")
+            if not isinstance(action, str) or action not in self.ACTIONS:
+                raise _Refusal("unknown_action", f"no action {_shown(action)}")
+            if not self._trusted and action not in ("hello", "authenticate"):
+                raise _Refusal("authentication", "this server requires its secret")
+            return self.ACTIONS[action](self, request)
+        except _Refusal as refusal:
+            return encode_object({"error": str(refusal), "code": refusal.code})
+        except QueueFull as error:
+            return encode_object({"error": str(error), "code": "full"})
+        except MemoryError:
+            return encode_object({"error": "out of memory", "code": "full"})
+
+    def _hello(self, request: dict[str, Any]) -> bytes:
+        protocol = _integer(request, "protocol", PROTOCOL)
+        if protocol != PROTOCOL:
+            raise _Refusal("bad_request", f"protocol is {PROTOCOL}, not {protocol}")
+        reply: dict[str, Any] = {"protocol": PROTOCOL}
+        reply["max_frame_bytes"] = self.server.max_frame_bytes
+        secret = self.server.secret
+        if secret is None:
+            reply["head"] = self.server.store.head
+            return encode_object(reply)
+        nonce = _name(request, "nonce")
+        if nonce is None:
+            raise _Refusal("authentication", "this server requires its secret")
+        challenge = secrets.token_hex(32)
+        self._expected_proof = _proof(secret, "client", nonce, challenge)
+        reply["challenge"] = challenge
+        reply["proof"] = _proof(secret, "server", nonce, challenge)
+        return encode_object(reply)
+
+    def _authenticate(self, request: dict[str, Any]) -> bytes:
+        proof = request.get("proof")
+        expected, self._expected_proof = self._expected_proof, ""  # good for one try
+        if self.server.secret is not None and not (
+            isinstance(proof, str)
+            and expected
+            and hmac.compare_digest(proof.encode(errors="replace"), expected.encode())
+        ):
+            _log.warning("%s does not know the secret", self.request.peer)
+            raise _Refusal("authentication", "that proof is wrong")
+        self._trusted, self._end = True, None
+        self.request.max_frame_bytes = self.server.max_frame_bytes
+        self.request.sock.settimeout(STALL_SECONDS)
+        return encode_object({"head": self.server.store.head})
+
+    def _put(self, request: dict[str, Any]) -> bytes:
+        topic, messages = _topic(request), request.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise _Refusal(
+                "bad_request", "messages must be a list of texts, one or more"
+            )
+        limit = self.server.max_frame_bytes - ENVELOPE_BYTES
+        bodies = [_body(message, limit) for message in messages]
+        client = _name(request, "client")
+        origin = client and (client, _integer(request, "sequence"))
+        head, batch, waiters = self.server.store.put(topic, bodies, origin or None)
+        if waiters:
+            self.server.deliver(batch, waiters)
+        return encode_frame(b'{"head":%d}' % head)
+
+    def _get(self, request: dict[str, Any]) -> bytes:
+        topic, after = _topic(request), _integer(request, "after")
+        limit = _integer(request, "limit", 1)
+        if limit < 1:
+            raise _Refusal("bad_request", f"limit must be at least 1, not {limit}")
+        seconds = _wait_seconds(request)
+        room_bytes = self.server.max_frame_bytes - ENVELOPE_BYTES
+        if not seconds:
+            batch = self.server.store.get(topic, after, limit, room_bytes)
+            return _messages_reply(batch)
+        waiter = Waiter(topic, after, limit, room_bytes, self.request.push)
+        batch = self.server.store.get(topic, after, limit, room_bytes, waiter)
+        return _messages_reply(batch) if batch.ids else self._wait(waiter, seconds)
+
+    def _wait(self, waiter: Waiter, seconds: float) -> bytes:
+        end = time.monotonic() + seconds
+        while (remaining := end - time.monotonic()) > 0:
+            if waiter.woken.acquire(timeout=min(remaining, VANISHED_CHECK_SECONDS)):
+                return waiter.rest
+            if self.request.vanished():
+                break
+        if self.server.store.end_wait(waiter):
+            return _NO_MESSAGES
+        # A put has just taken it in hand, which needs no time to speak of.
+        if not waiter.woken.acquire(timeout=STALL_SECONDS):
+            raise ConnectionAbortedError("a reply was begun and never finished")
+        return waiter.rest
+
+    def _get_latest(self, request: dict[str, Any]) -> bytes:
+        topic, after = _topic(request), _integer(request, "after")
+        return _messages_reply(self.server.store.get_latest(topic, after))
+
+    def _stats(self, request: dict[str, Any]) -> bytes:
+        stats = {
+            "version": __version__,
+            "uptime": time.monotonic() - self.server.started,
+            "clients": len(self.server.connections),
+            **self.server.store.stats(),
+        }
+        reply = encode_object(stats)
+        if len(reply) > self.server.max_frame_bytes:
+            stats["topics_left_out"] = len(stats.pop("topics"))
+            reply = encode_object({**stats, "topics": {}})
+        return reply
+
+    def _shutdown(self, request: dict[str, Any]) -> bytes:
+        _log.info("%s asked the server to stop", self.request.peer)
+        self.server.stop()
+        return encode_object({})
+
+    # README's table tells the fields and replies.
+    ACTIONS: ClassVar[dict[str, Callable[[_Handler, dict[str, Any]], bytes]]] = {
+        "hello": _hello,
+        "authenticate": _authenticate,
+        "put": _put,
+        "get": _get,
+        "get_latest": _get_latest,
+        "stats": _stats,
+        "shutdown": _shutdown,
+    }
+
+
+# What a field of a request must be. Each refuses what is not, naming field and value.
+
+
+def _topic(request: dict[str, Any]) -> str:
+    topic = request.get("topic")
+    if not isinstance(topic, str) or not 1 <= len(topic) <= MAX_TOPIC_CHARACTERS:
+        raise _Refusal(
+            "bad_request",
+            f"topic must be a text of 1 to {MAX_TOPIC_CHARACTERS} characters,"
+            f" not {_shown(topic)}",
+        )
+    _body(topic, MAX_FRAME_BYTES)
+    return topic
+
+
+def _integer(request: dict[str, Any], field: str, absent: int | None = None) -> int:
+    value = request.get(field, absent)
+    if type(value) is not int or not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+        raise _Refusal(
+            "bad_request", f"{field} must be a 64-bit integer, not {_shown(value)}"
+        )
+    return value
+
+
+def _wait_seconds(request: dict[str, Any]) -> float:
+    value = request.get("wait", 0)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise _Refusal(
+            "bad_request", f"wait must be seconds, 0 or more, not {_shown(value)}"
+        )
+    return float(min(value, MAX_WAIT_SECONDS))
+
+
+def _name(request: dict[str, Any], field: str) -> str | None:
+    value = request.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME_CHARACTERS:
+        raise _Refusal(
+            "bad_request",
+            f"{field} must be a text of 1 to {MAX_NAME_CHARACTERS} characters,"
+            f" not {_shown(value)}",
+        )
+    return value
+
+
+def _body(message: object, limit_bytes: int) -> bytes:
+    if not isinstance(message, str):
+        raise _Refusal("bad_request", f"a message must be text, not {_shown(message)}")
+    try:
+        body = encode_text(message)
+    except UnicodeEncodeError:
+        raise _Refusal(
+            "bad_request", f"UTF-8 has no lone surrogates, as in {_shown(message)}"
+        ) from None
+    if len(body) > limit_bytes:
+        raise _Refusal(
+            "too_large", f"a message of {len(body)} bytes; the limit is {limit_bytes}"
+        )
+    return body
+
+
+def _listening(host: str, port: int, *arguments: Any) -> _Server:
+    try:
+        return _Server(host, port, *arguments)
+    except OSError as error:
+        text = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise OSError(error.errno, text) from None
+
+
+def serve(
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    verbose: bool = False,
+    *,
+    time_to_live: float = TIME_TO_LIVE_SECONDS,
+    max_bytes: int = MAX_BYTES,
+    max_frame_bytes: int = MAX_FRAME_BYTES,
+    max_clients: int = MAX_CLIENTS,
+    secret: str | None = None,
+    certfile: str | None = None,
+    keyfile: str | None = None,
+) -> None:
+    """Runs a server; blocks until a client or Ctrl-C stops it, then returns.
+
+    `host` and `port` say where to listen: the default can be reached from this machine
+    only, "0.0.0.0" from everywhere; port 0 is any free one (which the log tells).
+    `verbose` shows the log, of the logger "dsmq", on stderr. A message lives
+    `time_to_live` seconds. Stored messages take `max_bytes` of memory at most; a put
+    beyond that raises QueueFull in the client. A request or reply takes
+    `max_frame_bytes` at most, so that is what the longest message needs. A connection
+    beyond `max_clients` is refused. With a `secret` only clients that know it get in.
+    `certfile` and `keyfile`, of a certificate and its key in PEM format, turn on TLS.
+
+    Raises OSError if it cannot listen there, TypeError or ValueError for an argument
+    that is wrong. Can be the target of a multiprocessing.Process.
+    """
+    _check_address(host, port)
+    _check_number("time_to_live", time_to_live, 0.001, math.inf)
+    _check_number("max_bytes", max_bytes, 1, MAX_INTEGER, whole=True)
+    limit = (1 << 32) - 1  # the header's
+    _check_number(
+        "max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, limit, whole=True
+    )
+    _check_number("max_clients", max_clients, 1, MAX_INTEGER, whole=True)
+    _check_secret(secret)
+    if verbose:
+        _show_log()
+    context = None
+    if certfile is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(certfile, keyfile)
+    elif keyfile is not None:
+        raise ValueError("a keyfile needs a certfile")
+    store = MessageStore(float(time_to_live), max_bytes)
+    with _listening(
+        host, port, store, max_frame_bytes, max_clients, secret, context
+    ) as server:
+        _log.info("dsmq %s%s", __version__, ", with TLS" if context else "")
+        _log.info("listening on %s", _address(server.server_address))
+        _log.info("stop it with Ctrl-C, or shutdown_server() from a client")
+        if secret is None and not _is_loopback(server.server_address[0]):
+            _log.warning(
+                "no secret: anyone on the network can read and put messages,"
+                " and stop this server"
+            )
+        server.run()
+    _log.info("stopped; goodbye")
+
+
+def _is_loopback(address: object) -> bool:
+    return ipaddress.ip_address(str(address).partition("%")[0]).is_loopback
+
+
+def _show_log() -> None:
+    """Shows the log on stderr, once however often it is asked for."""
+    if not any(type(h) is logging.StreamHandler for h in _log.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+
+
+# What an argument must be. Each raises TypeError or ValueError, naming the value.
+
+
+def _check_address(host: object, port: object) -> None:
+    if not isinstance(host, str):
+        raise TypeError(f"host must be a str, not {_shown(host)}")
+    _check_number("port", port, 0, 65535, whole=True)
+
+
+def _check_number(
+    name: str, value: object, least: float, most: float, whole: bool = False
+) -> None:
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kind = "an int" if whole else "a number"
+        raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
+    if not least <= value <= most:  # not a number fails this too
+        raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
+
+
+def _check_secret(secret: object) -> None:
+    if secret is not None and not isinstance(secret, str):
+        raise TypeError(f"secret must be a str, not a {type(secret).__name__}")
+    if secret == "":
+        raise ValueError("secret must not be empty: it would keep nobody out")
+
+
+# ---------------------------------------------------------------------------- client
+
+_forks = 0  # how many forks lie between this process and the one that imported dsmq
+_fork_lock = threading.Lock()  # lets one thread of a forked process tidy a client
+
+
+def _count_fork() -> None:
+    global _forks, _fork_lock
+    _forks += 1
+    _fork_lock = threading.Lock()  # the old one may be held by a thread left behind
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_count_fork)
+
+# What a refusal by the server becomes in the client; DSMQError if not listed. A busy
+# server is tried again, like one that is not there yet.
+_EXCEPTIONS: dict[object, type[Exception]] = {
+    "full": QueueFull,
+    "authentication": AuthenticationError,
+    "too_large": ValueError,
+    "busy": ConnectionRefusedError,
+}
+
+
+def _receive_reply(frames: FrameSocket, end: float) -> dict[str, Any]:
+    body = frames.receive(end)
+    if body is None:
+        raise ConnectionResetError("the server closed the connection")
+    reply = decode_object(body)
+    if "error" in reply:
+        raise _EXCEPTIONS.get(reply.get("code"), DSMQError)(reply["error"])
+    return reply
+
+
+class _Lane:
+    """One of a client's connections, used by one call at a time.
+
+    It keeps its name and the number of its last put when the connection is made anew,
+    so the server can tell a put sent again from a new one.
+    """
+
+    def __init__(self, dial: Callable[[float], FrameSocket]) -> None:
+        self.name = secrets.token_hex(16)
+        self.sequence = 0
+        self._dial = dial
+        self._frames: FrameSocket | None = None
+
+    def connect(self, end: float) -> FrameSocket:
+        if self._frames is None:
+            self._frames = self._dial(end)
+        return self._frames
+
+    def exchange(self, request: bytes, end: float) -> dict[str, Any]:
+        frames = self.connect(end)
+        frames.send(request, end)
+        return _receive_reply(frames, end)
+
+    def shut(self) -> None:
+        """Ends the call under way, from another thread."""
+        if self._frames:
+            self._frames.shut()
+
+    def drop(self) -> None:
+        """Forgets the connection: lost, or with a reply still to come on it."""
+        frames, self._frames = self._frames, None
+        if frames:
+            frames.close()
+
+    __del__ = drop  # a client that was never closed gives no ResourceWarning
+
+
+def _numbered_put(name: bytes, load: bytes) -> Callable[[_Lane, float], None]:
+    """Puts, with the same number however often it is called, on whichever lane."""
+    request = b""
+
+    def exchange(lane: _Lane, end: float) -> None:
+        nonlocal request
+        if not request:
+            lane.sequence += 1
+            request = encode_frame(
+                b'{"action":"put","client":"%b","sequence":%d,"topic":%b,'
+                b'"messages":[%b]}' % (lane.name.encode(), lane.sequence, name, load)
+            )
+        lane.exchange(request, end)
+
+    return exchange
+
+
+class _ReadAhead:
+    """A topic's cursor, and the messages after it that have been read already.
+
+    `next` counts those handed out. To hand some out is to move `next`, in one store of
+    one attribute: an interrupt comes before or after it.
+    """
+
+    __slots__ = ("_after", "expires", "ids", "limit", "messages", "next")
+
+    def __init__(
+        self,
+        after: int,
+        ids: list[int],
+        messages: list[str],
+        expires: float,
+        limit: int,
+    ) -> None:
+        self._after = after
+        self.ids = ids
+        self.messages = messages
+        self.expires = expires  # monotonic time at which the oldest unread expires
+        self.limit = limit  # how many messages of their size are worth reading ahead
+        self.next = 0
+
+    @property
+    def cursor(self) -> int:
+        """The id of the last message handed out, or where the reader began."""
+        return self.ids[self.next - 1] if self.next else self._after
+
+    @property
+    def last(self) -> int:
+        """The id to read on from."""
+        return self.ids[-1] if self.ids else self._after
+
+    def dropped(self) -> _ReadAhead:
+        return _ReadAhead(self.cursor, [], [], math.inf, self.limit)
+
+    def extended(
+        self, ids: list[int], messages: list[str], expires: float
+    ) -> _ReadAhead:
+        """With the messages not in it yet, of a read that began at or before `last`."""
+        new = bisect.bisect_right(ids, self.last)
+        if self.next < len(self.ids):
+            expires = min(expires, self.expires)
+        mean = sum(map(len, messages)) // len(messages) or 1
+        return _ReadAhead(
+            self.cursor,
+            self.ids[self.next :] + ids[new:],
+            self.messages[self.next :] + messages[new:],
+            expires,
+            max(1, min(READ_AHEAD_MESSAGES, READ_AHEAD_BYTES // mean)),
+        )
+
+
+class DSMQClientSideConnection:
+    """A client of a dsmq server: what `connect` gives.
+
+    It may be used by many threads at once; each message goes to one of them. After a
+    fork both processes may use it, each reading on from where it stood; the same holds
+    for one passed to another process. Every method goes on for `timeout` seconds trying
+    to reach a server that refuses, drops the connection or does not answer, and then
+    raises ConnectionRefusedError, ConnectionError or TimeoutError; after `close` it
+    raises ConnectionError. A wrong type is a TypeError; a topic that is empty or longer
+    than 1,000 characters, text that UTF-8 cannot carry, and a message too long for the
+    server's frames are a ValueError, before anything is sent.
+    """
+
+    # How long get_wait persists without a timeout: the sum of so many pauses, each
+    # twice as long as the one before, in seconds. The original's names.
+    _n_tries = 10
+    _initial_retry = 0.01
+
+    def __init__(
+        self,
+        host: str = DEFAULT_HOST,
+        port: int = DEFAULT_PORT,
+        verbose: bool = False,
+        *,
+        timeout: float = 10.0,
+        secret: str | None = None,
+        tls: bool | str | os.PathLike[str] = False,
+    ) -> None:
+        _check_address(host, port)
+        _check_number("timeout", timeout, 0.001, math.inf)
+        _check_secret(secret)
+        if not isinstance(tls, (bool, str, os.PathLike)):
+            raise TypeError(f"tls must be a bool or a path, not {_shown(tls)}")
+        self._host, self._port = host, port
+        self._timeout = float(timeout)
+        self._secret = secret
+        self._tls = tls
+        self._closed = False
+        self._start: int | None = None  # where reading a topic begins: head at connect
+        self._max_frame_bytes = MAX_FRAME_BYTES
+        self._cursors: dict[str, _ReadAhead] = {}
+        self._begin()
+        if verbose:
+            _show_log()
+            _log.info("connecting to %s:%s", host, port)
+        self._call(_Lane.connect)
+
+    def _begin(self) -> None:
+        """What belongs to one process, and is made anew in another."""
+        # Guards the attributes below, `_start` and `_cursors`; never held while talking
+        # to the server.
+        self._lock = threading.Lock()
+        self._lanes: set[_Lane] = set()  # all
+        self._idle: list[_Lane] = []  # those no call is using
+        self._born = _forks
+
+    def _check_usable(self) -> None:
+        if self._born != _forks:
+            self._after_fork()
+        if self._closed:
+            raise ConnectionError("this client is closed")
+
+    def _after_fork(self) -> None:
+        with _fork_lock:
+            if self._born == _forks:
+                return  # another thread was faster
+            # The connections are the parent's: they are closed, but not shut down. What
+            # was read ahead, it hands out.
+            for lane in self._lanes:
+                lane.drop()
+            cursors = self._cursors.items()
+            self._cursors = {topic: ahead.dropped() for topic, ahead in cursors}
+            self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_lock", "_lanes", "_idle", "_born"):
+            del state[name]
+        cursors = self._cursors.items()
+        state["_cursors"] = {topic: ahead.cursor for topic, ahead in cursors}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        cursors = state["_cursors"].items()
+        self._cursors = {
+            topic: _ReadAhead(cursor, [], [], math.inf, READ_AHEAD_FIRST)
+            for topic, cursor in cursors
+        }
+        self._begin()
+
+    # Reaching the server
+
+    def _call(self, work: Callable[[_Lane, float], _T]) -> _T:
+        """`work` done with a lane, and done again on a new connection if that is lost,
+        until `timeout` has passed."""
+        self._check_usable()
+        end = time.monotonic() + self._timeout
+        pause = RETRY_PAUSE_SECONDS
+        lane = self._borrow()
+        try:
+            while True:
+                try:
+                    return work(lane, end)
+                except OSError as error:
+                    lane.drop()
+                    if self._closed:
+                        raise ConnectionError("this client is closed") from None
+                    if _is_final(error) or time.monotonic() + pause >= end:
+                        raise self._named(error) from error
+                time.sleep(pause)
+                pause = min(2 * pause, MAX_RETRY_PAUSE_SECONDS)
+        except BaseException:
+            # A reply may be on its way; the next request must not meet it.
+            lane.drop()
+            raise
+        finally:
+            with self._lock:
+                if self._closed:
+                    lane.drop()
+                self._idle.append(lane)
+
+    def _borrow(self) -> _Lane:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()  # the one used last: the others may have aged
+            lane = _Lane(self._dial)
+            self._lanes.add(lane)
+            return lane
+
+    def _named(self, error: OSError) -> OSError:
+        where = f"dsmq server at {self._host}:{self._port}"
+        if isinstance(error, FrameError):
+            return FrameError(f"the {where} speaks another protocol, or TLS: {error}")
+        if isinstance(error, ConnectionRefusedError):
+            text = f"no {where} takes the connection: {error}"
+            return ConnectionRefusedError(text)
+        if isinstance(error, TimeoutError):
+            return TimeoutError(f"the {where} did not answer in {self._timeout:g} s")
+        if isinstance(error, ConnectionError):
+            return ConnectionError(f"the connection to the {where} was lost: {error}")
+        if isinstance(error, ssl.SSLError) and not isinstance(
+            error, ssl.SSLCertVerificationError
+        ):
+            return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
+        return error
+
+    def _dial(self, end: float) -> FrameSocket:
+        with self._lock:
+            newest = max((a.last for a in self._cursors.values()), default=0)
+        sock = _connected(self._host, self._port, end)
+        try:
+            if self._tls:
+                sock = _tls_context(self._tls).wrap_socket(
+                    sock, server_hostname=self._host
+                )
+            frames = FrameSocket(sock, MAX_FRAME_BYTES)
+            head = self._greet(frames, end)
+        except BaseException:
+            sock.close()
+            raise
+        with self._lock:
+            if self._start is None:
+                self._start = head
+            elif head < max(newest, self._start):
+                # Another server, whose clock is behind the last one's. All it has is
+                # new to this client.
+                self._start = 0
+                self._cursors.clear()
+        return frames
+
+    def _greet(self, frames: FrameSocket, end: float) -> int:
+        """The opening dialogue; gives the server's newest id.
+
+        1. client: hello, with a nonce if it has a secret.
+        2. server: the limits; without a secret the newest id, and that is all. With it
+           a challenge, and the proof that it knows the secret.
+        3. client: its own proof, once the server's is seen to be right.
+        4. server: the newest id.
+        """
+        nonce = secrets.token_hex(32)
+        hello: dict[str, Any] = {"action": "hello", "protocol": PROTOCOL}
+        if self._secret is not None:
+            hello["nonce"] = nonce
+        frames.send(encode_object(hello), end)
+        reply = _receive_reply(frames, end)
+        limit = _reply_integer(reply, "max_frame_bytes")
+        if self._secret is not None:
+            challenge, proof = str(reply.get("challenge")), str(reply.get("proof"))
+            expected = _proof(self._secret, "server", nonce, challenge)
+            if not hmac.compare_digest(
+                proof.encode(errors="replace"), expected.encode()
+            ):
+                raise AuthenticationError("the server does not know the secret")
+            answer = _proof(self._secret, "client", nonce, challenge)
+            request = {"action": "authenticate", "proof": answer}
+            frames.send(encode_object(request), end)
+            reply = _receive_reply(frames, end)
+        self._max_frame_bytes = frames.max_frame_bytes = limit
+        return _reply_integer(reply, "head")
+
+    # Putting
+
+    def put(self, topic: str, msg: str) -> None:
+        """Puts `msg` into `topic`; it is stored, and can be read, when this returns.
+        Raises QueueFull if the server's memory is used up. After any other error than
+        that, a TypeError or ValueError it may have been stored or not, once at most."""
+        self._put(topic, [msg])
+
+    def put_many(self, topic: str, msgs: Iterable[str]) -> None:
+        """Puts them all, in order, or none: they share one request, and nobody else's
+        messages come between. Only where they are too long for one frame they go in
+        several, each of which is stored or not."""
+        if isinstance(msgs, str):
+            raise TypeError("msgs must be several messages, not one str")
+        self._put(topic, msgs)
+
+    def _put(self, topic: str, msgs: Iterable[str]) -> None:
+        name = encode_text(_checked_topic(topic))
+        self._check_usable()
+        room_bytes = self._max_frame_bytes - PUT_ENVELOPE_BYTES - len(name)
+        for load in list(_loads(msgs, room_bytes)):  # all are checked before one goes
+            self._call(_numbered_put(name, load))
+
+    # Reading
+
+    def get(self, topic: str) -> str:
+        """The oldest unread message of `topic`, or at once "" if there is none."""
+        return self._next(topic, 0.0) or ""
+
+    def get_wait(self, topic: str, timeout: float | None = None) -> str:
+        """The oldest unread message of `topic`; waits for one up to `timeout` seconds
+        (math.inf: for ever), then gives "". Without a timeout it persists for the sum
+        of `_n_tries` doubling pauses from `_initial_retry`: 10.23 s."""
+        if timeout is None:
+            timeout = self._initial_retry * (2**self._n_tries - 1)
+        _check_number("timeout", timeout, 0, math.inf)
+        return self._next(topic, timeout) or ""
+
+    def get_latest(self, topic: str) -> str:
+        """The newest unread message of `topic`, or at once "" if there is none. The
+        older ones stay unread for ever."""
+        name = encode_text(_checked_topic(topic))
+        with self._lock:
+            after = self._ahead(topic).cursor
+        request = b'{"action":"get_latest","topic":%b,"after":%d}' % (name, after)
+        reply = self._call(lambda lane, end: lane.exchange(encode_frame(request), end))
+        ids, messages, _ = _reply_messages(reply)
+        old = new = None
+        try:
+            with self._lock:
+                old = self._ahead(topic)
+                if not ids or ids[0] <= old.cursor:
+                    return ""  # another thread has it, or a newer one
+                new = _ReadAhead(ids[0], [], [], math.inf, old.limit)
+                self._cursors[topic] = new
+                return messages[0]
+        except BaseException:
+            # Interrupted: the caller never gets it, so nothing was handed out.
+            if old and new and self._cursors.get(topic) is new:
+                self._cursors[topic] = old
+            raise
+
+    def get_many(self, topic: str, limit: int = 100) -> list[str]:
+        """All unread messages of `topic` there are, at once, up to `limit`."""
+        _check_number("limit", limit, 1, MAX_INTEGER, whole=True)
+        _checked_topic(topic)
+        self._check_usable()
+        while True:
+            with self._lock:
+                ahead = self._ahead(topic)
+                missing = limit - (len(ahead.ids) - ahead.next)
+            if missing <= 0 or not self._fetch(topic, missing, 0.0):
+                return self._take(topic, limit)
+
+    def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
+        """Iterates over the messages of `topic` as they come; ends when for `timeout`
+        seconds there was none."""
+        _checked_topic(topic)
+        _check_number("timeout", timeout, 0, math.inf)
+        return iter(partial(self._next, topic, timeout), None)
+
+    def _next(self, topic: str, seconds: float) -> str | None:
+        """The next message; waits for it up to so many seconds."""
+        _checked_topic(topic)
+        end = time.monotonic() + seconds
+        while True:
+            messages = self._take(topic, 1)
+            if messages:
+                return messages[0]
+            wait = max(end - time.monotonic(), 0.0)
+            if not self._fetch(topic, None, wait) and time.monotonic() >= end:
+                return None
+
+    def _ahead(self, topic: str) -> _ReadAhead:
+        ahead = self._cursors.get(topic)
+        if ahead is None:
+            ahead = _ReadAhead(self._start or 0, [], [], math.inf, READ_AHEAD_FIRST)
+        return ahead
+
+    def _take(self, topic: str, limit: int) -> list[str]:
+        """Hands out messages read ahead, up to `limit`."""
+        self._check_usable()
+        ahead, begin, end = None, 0, 0
+        try:
+            with self._lock:
+                ahead = self._cursors.get(topic)
+                if ahead is None or ahead.next == len(ahead.ids):
+                    return []
+                if ahead.expires <= time.monotonic():
+                    self._cursors[topic] = ahead.dropped()
+                    return []
+                begin = ahead.next
+                end = min(begin + limit, len(ahead.ids))
+                messages = ahead.messages[begin:end]
+                ahead.next = end
+                return messages
+        except BaseException:
+            # Interrupted after the cursor moved: the caller never gets them, so they
+            # are still to be handed out.
+            if ahead and begin < end == ahead.next:
+                ahead.next = begin
+            raise
+
+    def _fetch(self, topic: str, limit: int | None, wait: float) -> bool:
+        """Reads messages ahead, waiting for the first; whether there were any."""
+        name = encode_text(topic)
+        with self._lock:
+            ahead = self._ahead(topic)
+            after, limit = ahead.last, limit or ahead.limit
+        begun = 0.0
+
+        def exchange(lane: _Lane, end: float) -> dict[str, Any]:
+            # Half of the time that is left, so that an answer that does not come is
+            # told from one that comes late.
+            nonlocal begun
+            lane.connect(end)
+            begun = time.monotonic()
+            seconds = min(wait, (end - begun) / 2, MAX_WAIT_SECONDS)
+            request = (
+                b'{"action":"get","topic":%b,"after":%d,"limit":%d,"wait":%.6f}'
+                % (name, after, limit, seconds)
+            )
+            return lane.exchange(encode_frame(request), end)
+
+        ids, messages, expires = _reply_messages(self._call(exchange))
+        if not ids:
+            return False
+        # The age is known as of some moment since the request was sent.
+        expires += time.monotonic() if wait else begun
+        with self._lock:
+            ahead = self._ahead(topic)
+            if ahead.last >= after:  # or it is another server's since
+                self._cursors[topic] = ahead.extended(ids, messages, expires)
+        return True
+
+    # The server itself
+
+    def stats(self) -> dict[str, Any]:
+        """What the server holds: `version`, `uptime` in seconds, `clients`, `messages`,
+        `bytes` of memory they take, `time_to_live`, `max_bytes`, and of `topics` each
+        one's `messages` and `bytes`."""
+        request = encode_object({"action": "stats"})
+        return self._call(lambda lane, end: lane.exchange(request, end))
+
+    def shutdown_server(self) -> None:
+        """Stops the server. When this returns it takes no more connections."""
+
+        def exchange(lane: _Lane, end: float) -> None:
+            frames = lane.connect(end)
+            frames.send(encode_object({"action": "shutdown"}), end)
+            # Without an answer it is going down already, if not by our doing.
+            with contextlib.suppress(ConnectionError):
+                _receive_reply(frames, end)
+
+        self._call(exchange)
+
+    def close(self) -> None:
+        """Ends the connection, and the calls of other threads. May be called again."""
+        if self._born != _forks:
+            self._after_fork()
+        self._closed = True
+        with self._lock:
+            for lane in self._lanes.difference(self._idle):
+                lane.shut()
+            for lane in self._idle:
+                lane.drop()
+
+    def __enter__(self) -> DSMQClientSideConnection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _connected(host: str, port: int, end: float) -> socket.socket:
+    remaining = end - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError("timed out")
+    sock = socket.create_connection((host, port), min(remaining, LONGEST_SECONDS))
+    # Asking again and again for a port of this machine that nobody listens on may end
+    # in a socket connected to itself, when the system picks that port for our end.
+    if sock.getsockname() == sock.getpeername():
+        sock.close()
+        raise ConnectionRefusedError("nobody listens there")
+    return sock
+
+
+def _tls_context(tls: bool | str | os.PathLike[str]) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=None if isinstance(tls, bool) else tls)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def _is_final(error: OSError) -> bool:
+    """Whether trying again would give the same."""
+    if isinstance(error, ssl.SSLError):
+        lost = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+        return not isinstance(error, lost)
+    return isinstance(error, (FrameError, FileNotFoundError, socket.gaierror))
+
+
+def _reply_integer(reply: dict[str, Any], field: str) -> int:
+    value = reply.get(field)
+    if type(value) is not int:
+        raise FrameError(f"a reply without the integer {field}: {_shown(str(reply))}")
+    return value
+
+
+def _reply_messages(reply: dict[str, Any]) -> tuple[list[int], list[str], float]:
+    ids, messages = reply.get("ids"), reply.get("messages")
+    if not isinstance(ids, list) or not isinstance(messages, list):
+        raise FrameError(f"a reply without ids and messages: {_shown(str(reply))}")
+    return ids, messages, float(reply.get("expires", 0.0))
+
+
+def _checked_topic(topic: object) -> str:
+    if not isinstance(topic, str):
+        raise TypeError(f"a topic must be a str, not {_shown(topic)}")
+    if not 1 <= len(topic) <= MAX_TOPIC_CHARACTERS:
+        raise ValueError(
+            f"a topic has 1 to {MAX_TOPIC_CHARACTERS} characters, but {_shown(topic)}"
+            f" has {len(topic)}"
+        )
+    if not topic.isascii():
+        _checked_text(topic)
+    return topic
+
+
+def _checked_text(text: str) -> bytes:
+    try:
+        return encode_text(text)
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"UTF-8 has no lone surrogates, as in {_shown(text)}"
+        ) from None
+
+
+def _loads(msgs: Iterable[str], room_bytes: int) -> Iterator[bytes]:
+    """The messages as JSON, joined with commas to loads of up to `room_bytes`."""
+    load: list[bytes] = []
+    load_bytes = 0
+    for msg in msgs:
+        if not isinstance(msg, str):
+            raise TypeError(f"a message must be a str, not {_shown(msg)}")
+        body = _checked_text(msg)
+        if len(body) > room_bytes:
+            raise ValueError(
+                f"the message {_shown(msg)} takes {len(body)} bytes, but"
+                f" {room_bytes} fit into a frame of the server"
+            )
+        if load and load_bytes + len(body) + 1 > room_bytes:
+            yield b",".join(load)
+            load, load_bytes = [], 0
+        load.append(body)
+        load_bytes += len(body) + 1
+    if load:
+        yield b",".join(load)
+
+
+def connect(
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    verbose: bool = False,
+    *,
+    timeout: float = 10.0,
+    secret: str | None = None,
+    tls: bool | str | os.PathLike[str] = False,
+) -> DSMQClientSideConnection:
+    """A client connected to the server at `host` and `port`.
+
+    Goes on trying for `timeout` seconds, as every later call does, then raises
+    ConnectionRefusedError, ConnectionError or TimeoutError. With a `secret` client and
+    server prove to each other that they know it, or AuthenticationError is raised.
+    `tls` is True to trust the certificate authorities of the system, or the path of a
+    PEM file with the certificate to trust. `verbose` shows the log on stderr.
+    """
+    return DSMQClientSideConnection(
+        host, port, verbose, timeout=timeout, secret=secret, tls=tls
+    )
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def demo() -> None:
+    """A server, a putter and two getters that each receive everything."""
+    context = multiprocessing.get_context("spawn")  # the same on every system
+    port = _free_port()
+    processes = [context.Process(target=serve, args=(DEFAULT_HOST, port))]
+    processes[0].start()
+    with connect(port=port) as mq:
+        print(f"server:   listening on {DEFAULT_HOST}:{port}", flush=True)
+        for name in "AB":
+            processes.append(context.Process(target=_demo_getter, args=(port, name)))
+            processes[-1].start()
+            print(f"getter {mq.get_wait('ready')}: connected", flush=True)
+        for text in ("Hello, world", "Part mail room,", "part bulletin board.", "Bye"):
+            print(f"putter:   puts {text!r}", flush=True)
+            mq.put("greetings", text)
+            time.sleep(0.3)
+        print("putter:   asks the server to stop", flush=True)
+        mq.shutdown_server()
+    for process in processes:
+        process.join()
+    print("server:   stopped", flush=True)
+
+
+def _demo_getter(port: int, name: str) -> None:
+    with connect(port=port) as mq:
+        mq.put("ready", name)
+        for text in mq.listen("greetings", timeout=5):
+            print(f"getter {name}: got {text!r}", flush=True)
+            if text == "Bye":
+                break
+
+
+def _free_port() -> int:
+    with socket.create_server((DEFAULT_HOST, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; gives the exit status."""
+    parser = argparse.ArgumentParser(
+        "dsmq", description="The dead simple message queue."
+    )
+    parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
+    commands = parser.add_subparsers(title="commands")
+    parser.set_defaults(run=lambda _: demo())
+    serve_parser = commands.add_parser("serve", help="run a server")
+    serve_parser.add_argument("--host", default=DEFAULT_HOST)
+    serve_parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    serve_parser.set_defaults(run=_run_serve)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, DSMQError, ValueError) as error:
+        print(f"dsmq: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_serve(options: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    serve(options.host, options.port, verbose=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
