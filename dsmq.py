@@ -79,6 +79,7 @@ server = client = sys.modules[__name__]
 sys.modules[f"{__name__}.server"] = sys.modules[f"{__name__}.client"] = server
 
 _T = TypeVar("_T")
+_Messages = tuple[list[int], list[str], float]  # ids, texts, when the first expires
 
 _log = logging.getLogger("dsmq")
 _log.addHandler(logging.NullHandler())  # a library prints nothing unless asked to
@@ -1691,12 +1692,11 @@ class DSMQClientSideConnection:
     def get_latest(self, topic: str) -> str:
         """The newest unread message of `topic`, or at once "" if there is none. The
         older ones stay unread for ever."""
-        name = encode_text(_checked_topic(topic))
+        _checked_topic(topic)
+        self._check_usable()
         with self._lock:
             after = self._ahead(topic).cursor
-        request = b'{"action":"get_latest","topic":%b,"after":%d}' % (name, after)
-        reply = self._call(lambda lane, end: lane.exchange(encode_frame(request), end))
-        ids, messages, _ = _reply_messages(reply)
+        ids, messages, _ = self._read_latest(topic, after)
         old = new = None
         try:
             with self._lock:
@@ -1775,10 +1775,21 @@ class DSMQClientSideConnection:
 
     def _fetch(self, topic: str, limit: int | None, wait: float) -> bool:
         """Reads messages ahead, waiting for the first; whether there were any."""
-        name = encode_text(topic)
         with self._lock:
             ahead = self._ahead(topic)
             after, limit = ahead.last, limit or ahead.limit
+        ids, messages, expires = self._read(topic, after, limit, wait)
+        if not ids:
+            return False
+        with self._lock:
+            ahead = self._ahead(topic)
+            if ahead.last >= after:  # or it is another server's since
+                self._cursors[topic] = ahead.extended(ids, messages, expires)
+        return True
+
+    def _read(self, topic: str, after: int, limit: int, wait: float) -> _Messages:
+        """The oldest messages after an id; waits for one, at most so many seconds."""
+        name = encode_text(topic)
         begun = 0.0
 
         def exchange(lane: _Lane, end: float) -> dict[str, Any]:
@@ -1794,16 +1805,18 @@ class DSMQClientSideConnection:
             )
             return lane.exchange(encode_frame(request), end)
 
-        ids, messages, expires = _reply_messages(self._call(exchange))
-        if not ids:
-            return False
-        # The age is known as of some moment since the request was sent.
-        expires += time.monotonic() if wait else begun
-        with self._lock:
-            ahead = self._ahead(topic)
-            if ahead.last >= after:  # or it is another server's since
-                self._cursors[topic] = ahead.extended(ids, messages, expires)
-        return True
+        reply = self._call(exchange)
+        # The messages' age is known as of some moment since the request was sent.
+        return _reply_messages(reply, time.monotonic() if wait else begun)
+
+    def _read_latest(self, topic: str, after: int) -> _Messages:
+        """The newest message after an id."""
+        request = encode_frame(
+            b'{"action":"get_latest","topic":%b,"after":%d}'
+            % (encode_text(topic), after)
+        )
+        reply = self._call(lambda lane, end: lane.exchange(request, end))
+        return _reply_messages(reply, time.monotonic())
 
     # The server itself
 
@@ -1883,11 +1896,11 @@ def _reply_integer(reply: dict[str, Any], field: str) -> int:
     return value
 
 
-def _reply_messages(reply: dict[str, Any]) -> tuple[list[int], list[str], float]:
+def _reply_messages(reply: dict[str, Any], now: float) -> _Messages:
     ids, messages = reply.get("ids"), reply.get("messages")
     if not isinstance(ids, list) or not isinstance(messages, list):
         raise FrameError(f"a reply without ids and messages: {_shown(str(reply))}")
-    return ids, messages, float(reply.get("expires", 0.0))
+    return ids, messages, now + float(reply.get("expires", 0.0))
 
 
 def _checked_topic(topic: object) -> str:
