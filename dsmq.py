@@ -46,6 +46,7 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import secrets
 import signal
 import socket
@@ -1839,6 +1840,11 @@ class DSMQClientSideConnection:
 
         self._call(exchange)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def close(self) -> None:
         """Ends the connection, and the calls of other threads. May be called again."""
         if self._born != _forks:
@@ -2009,32 +2015,216 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; gives the exit status."""
+def _run_serve(options: argparse.Namespace) -> None:
+    # As Ctrl-C: what service managers and kill send.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):  # one that comes before serve's loop
+        serve(
+            options.host,
+            options.port,
+            verbose=True,
+            time_to_live=options.time_to_live,
+            max_bytes=options.max_bytes,
+            max_frame_bytes=options.max_frame_bytes,
+            max_clients=options.max_clients,
+            secret=_secret(options),
+            certfile=options.certfile,
+            keyfile=options.keyfile,
+        )
+
+
+def _run_put(options: argparse.Namespace) -> None:
+    with _connected_client(options) as mq:
+        if options.messages:
+            mq.put_many(options.topic, options.messages)
+            return
+        stored = 0
+        try:
+            for lines in _stdin_lines():
+                mq.put_many(options.topic, lines)
+                stored += len(lines)
+        except (OSError, DSMQError, ValueError) as error:
+            raise DSMQError(f"stopped after {stored} lines: {error}") from error
+
+
+def _stdin_lines() -> Iterator[list[str]]:
+    """The lines of standard input, as many at a time as have come."""
+    rest = b""
+    while chunk := os.read(sys.stdin.fileno(), RECEIVE_BYTES):
+        *lines, rest = (rest + chunk).split(os.linesep.encode())
+        if len(rest) > MAX_FRAME_BYTES:
+            raise ValueError(f"a line longer than {MAX_FRAME_BYTES} bytes")
+        if lines:
+            yield [line.decode() for line in lines]
+    if rest:
+        yield [rest.decode()]
+
+
+def _run_watch(options: argparse.Namespace) -> None:
+    messages: queue.Queue[str | Exception] = queue.Queue(STEP_MESSAGES)
+    with _connected_client(options) as mq:
+        for topic in options.topics:
+            arguments = mq, topic, messages
+            threading.Thread(target=_follow, args=arguments, daemon=True).start()
+        left = options.count
+        while left > 0:
+            try:
+                message = messages.get(timeout=min(options.timeout, LONGEST_SECONDS))
+            except queue.Empty:
+                return
+            if isinstance(message, Exception):
+                raise message
+            sys.stdout.buffer.write(message.encode() + b"\n")
+            sys.stdout.buffer.flush()
+            left -= 1
+
+
+def _follow(
+    mq: DSMQClientSideConnection, topic: str, messages: queue.Queue[str | Exception]
+) -> None:
+    """Passes on a topic's messages, through restarts of the server, to the end."""
+    while True:
+        try:
+            for message in mq.listen(topic):
+                messages.put(message)
+        except (ConnectionError, TimeoutError) as error:
+            if mq.closed:
+                return
+            _log.warning("%s; trying again", error)
+        except Exception as error:
+            messages.put(error)  # the main thread tells it
+            return
+
+
+def _run_stats(options: argparse.Namespace) -> None:
+    with _connected_client(options) as mq:
+        stats = mq.stats()
+    if options.json:
+        print(json.dumps(stats))
+        return
+    topics = stats.pop("topics")
+    width = max(len(name) for name in stats)
+    for name, value in stats.items():
+        print(f"{name:{width}}  {value}")
+    rows = [("topic", "messages", "bytes")]
+    rows += [
+        (_shown(t), str(n["messages"]), str(n["bytes"])) for t, n in topics.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print()
+    for topic, count, size in rows:
+        print(f"{topic:{widths[0]}}  {count:>{widths[1]}}  {size:>{widths[2]}}")
+
+
+def _run_shutdown(options: argparse.Namespace) -> None:
+    with _connected_client(options) as mq:
+        mq.shutdown_server()
+
+
+def _connected_client(options: argparse.Namespace) -> DSMQClientSideConnection:
+    return connect(
+        options.host, options.port, secret=_secret(options), tls=options.tls or False
+    )
+
+
+def _secret(options: argparse.Namespace) -> str | None:
+    """From a file or the environment: every user of the machine can see arguments."""
+    if options.secret_file is None:
+        return os.environ.get("DSMQ_SECRET")
+    with open(options.secret_file, encoding="utf-8") as file:
+        return file.read().rstrip("\r\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "dsmq", description="The dead simple message queue."
+        "dsmq",
+        description="The dead simple message queue. Without a command: a demo.",
+        epilog="example: dsmq serve & dsmq watch greetings & dsmq put greetings hello",
     )
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
-    commands = parser.add_subparsers(title="commands")
-    parser.set_defaults(run=lambda _: demo())
-    serve_parser = commands.add_parser("serve", help="run a server")
-    serve_parser.add_argument("--host", default=DEFAULT_HOST)
-    serve_parser.add_argument("--port", type=int, default=DEFAULT_PORT)
-    serve_parser.set_defaults(run=_run_serve)
-    options = parser.parse_args(arguments)
+    parser.set_defaults(run=lambda options: demo())
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--host", default=DEFAULT_HOST, help="default: %(default)s")
+    common.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="default: %(default)s"
+    )
+    common.add_argument(
+        "--secret-file",
+        metavar="FILE",
+        help="holds the shared secret; or else the environment variable DSMQ_SECRET",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: dsmq {example}",
+            parents=[common],
+        )
+        added.set_defaults(run=run)
+        if run is not _run_serve:
+            added.add_argument(
+                "--tls",
+                nargs="?",
+                const=True,
+                metavar="PEM",
+                help="use TLS, trusting this certificate or else the system's",
+            )
+        return added
+
+    added = command("serve", _run_serve, "run a server", "serve --port 30008")
+    added.add_argument("--time-to-live", type=float, default=TIME_TO_LIVE_SECONDS)
+    added.add_argument("--max-bytes", type=int, default=MAX_BYTES)
+    added.add_argument("--max-frame-bytes", type=int, default=MAX_FRAME_BYTES)
+    added.add_argument("--max-clients", type=int, default=MAX_CLIENTS)
+    added.add_argument("--certfile", metavar="PEM", help="turns on TLS")
+    added.add_argument("--keyfile", metavar="PEM", help="if not in the certfile")
+
+    text = "put messages, or the lines of standard input, into a topic"
+    added = command("put", _run_put, text, "put greetings hello")
+    added.add_argument("topic", metavar="TOPIC")
+    added.add_argument("messages", metavar="MSG", nargs="*")
+
+    text = "print the messages of topics as they come"
+    added = command("watch", _run_watch, text, "watch greetings --count 1")
+    added.add_argument("topics", metavar="TOPIC", nargs="+")
+    added.add_argument(
+        "--count", type=int, default=sys.maxsize, metavar="N", help="end after so many"
+    )
+    added.add_argument(
+        "--timeout",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="end when none came for so many seconds",
+    )
+
+    added = command("stats", _run_stats, "show what a server holds", "stats --json")
+    added.add_argument("--json", action="store_true")
+    command("shutdown", _run_shutdown, "stop a server", "shutdown --port 30008")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; gives the exit status."""
+    options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT  # as a shell tells it
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would complain once more, when it
+        # flushes standard output at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, DSMQError, ValueError) as error:
         print(f"dsmq: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _run_serve(options: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    serve(options.host, options.port, verbose=True)
 
 
 if __name__ == "__main__":
