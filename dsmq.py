@@ -369,11 +369,20 @@ class _Topic:
         self.waiters: dict[Waiter, None] = {}  # a set that keeps order
 
 
+class Origin(NamedTuple):
+    """Where a put comes from, so that it is stored once and not after later ones."""
+
+    client: str
+    sequence: int
+    turn: int  # which of the client's connections, counted by MessageStore.take_over
+
+
 class _RecentPuts:
-    __slots__ = ("at", "heads")
+    __slots__ = ("at", "heads", "turn")
 
     def __init__(self) -> None:
-        self.at = 0.0
+        self.at = 0.0  # the last time anything was heard of the client
+        self.turn = 0
         self.heads: dict[int, int] = {}  # by sequence, newest last
 
 
@@ -449,12 +458,12 @@ class MessageStore:
         return self._head
 
     def put(
-        self, topic: str, bodies: list[bytes], origin: tuple[str, int] | None = None
+        self, topic: str, bodies: list[bytes], origin: Origin | None = None
     ) -> tuple[int, Batch, list[Waiter]]:
         """Stores all bodies or none; gives the id of the last, what was stored, and the
-        waiters now to be answered by the caller. A put whose `origin`, a client and its
-        sequence number, was stored before gives that id and nothing else. Raises
-        QueueFull."""
+        waiters now to be answered by the caller. A put whose client and sequence were
+        stored before gives that id and nothing else. Raises QueueFull, and DSMQError
+        for a put left over on a connection that the client has replaced."""
         with self._lock:
             known = self._known_head(origin)
             if known is not None:
@@ -467,7 +476,7 @@ class MessageStore:
             self._insert([(id_, entry.key, now, b) for id_, b in zip(ids, bodies)])
             self._count(entry, len(bodies), cost)
             self._head = entry.newest = ids[-1]
-            self._remember(origin, now)
+            self._remember(origin)
             # A reader whose `after` is above the head waits for later messages.
             woken = [w for w in entry.waiters if w.after < self._head]
             for waiter in woken:
@@ -514,22 +523,37 @@ class MessageStore:
         if not entry.messages and not entry.waiters:
             del self._topics[entry.name], self._topics_by_key[entry.key]
 
-    def _known_head(self, origin: tuple[str, int] | None) -> int | None:
-        recent = self._recent.get(origin[0]) if origin else None
-        return recent.heads.get(origin[1]) if recent and origin else None
+    def take_over(self, client: str) -> int:
+        """The turn of a client's new connection. From now on puts of earlier turns are
+        refused: one that an interrupt or a timeout left on its way would otherwise be
+        stored after later ones."""
+        with self._lock:
+            recent = self._heard_of(client)
+            recent.turn += 1
+            return recent.turn
 
-    def _remember(self, origin: tuple[str, int] | None, now: float) -> None:
-        if origin is None:
-            return
-        client, sequence = origin
+    def _heard_of(self, client: str) -> _RecentPuts:
         recent = self._recent.setdefault(client, _RecentPuts())
+        recent.at = self._clock()
         self._recent.move_to_end(client)
-        recent.at = now
-        recent.heads[sequence] = self._head
-        if len(recent.heads) > REMEMBERED_PUTS:
-            del recent.heads[next(iter(recent.heads))]
         if len(self._recent) > REMEMBERED_CLIENTS:
             self._recent.popitem(last=False)
+        return recent
+
+    def _known_head(self, origin: Origin | None) -> int | None:
+        recent = self._recent.get(origin.client) if origin else None
+        if recent is None or origin is None:
+            return None
+        if origin.turn < recent.turn:
+            raise DSMQError("the client has a newer connection")
+        return recent.heads.get(origin.sequence)
+
+    def _remember(self, origin: Origin | None) -> None:
+        if origin:
+            heads = self._heard_of(origin.client).heads
+            heads[origin.sequence] = self._head
+            if len(heads) > REMEMBERED_PUTS:
+                del heads[next(iter(heads))]
 
     def get(
         self,
@@ -818,6 +842,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def stop(self) -> None:
         """Ends `run` from another thread; returns when the port is free."""
+        self._deafen()  # wakes the thread that accepts, where the system can do that
         self.shutdown()
         self.server_close()
         self.stopping.set()
@@ -833,11 +858,13 @@ class _Server(socketserver.ThreadingTCPServer):
                     connection.shut(how)
                 self._gate.wait_for(lambda: not self.connections, CLOSE_SECONDS / 2)
 
-    def server_close(self) -> None:
-        # Closing alone leaves the port taken while a forked child has it too. Not all
-        # systems can do this, nor can it be done twice.
+    def _deafen(self) -> None:
+        # Not all systems can do this, nor can it be done twice.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+    def server_close(self) -> None:
+        self._deafen()  # closing leaves the port taken while a forked child has it too
         super().server_close()
         if self._spare:
             self._spare.close()
@@ -980,6 +1007,8 @@ class _Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         self._trusted = self.server.secret is None
         self._expected_proof = ""  # the client's, once it said hello
+        self._client: str | None = None  # whose earlier connections this one replaces
+        self._turn = 0
         # Without it someone who knows no secret could keep a thread for ever.
         self._end = None if self._trusted else time.monotonic() + STALL_SECONDS
         try:
@@ -1023,6 +1052,8 @@ class _Handler(socketserver.BaseRequestHandler):
             return encode_object({"error": str(refusal), "code": refusal.code})
         except QueueFull as error:
             return encode_object({"error": str(error), "code": "full"})
+        except DSMQError as error:
+            return encode_object({"error": str(error), "code": "stale"})
         except MemoryError:
             return encode_object({"error": "out of memory", "code": "full"})
 
@@ -1032,10 +1063,10 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _Refusal("bad_request", f"protocol is {PROTOCOL}, not {protocol}")
         reply: dict[str, Any] = {"protocol": PROTOCOL}
         reply["max_frame_bytes"] = self.server.max_frame_bytes
+        self._client = _name(request, "client")
         secret = self.server.secret
         if secret is None:
-            reply["head"] = self.server.store.head
-            return encode_object(reply)
+            return encode_object({**reply, **self._welcome()})
         nonce = _name(request, "nonce")
         if nonce is None:
             raise _Refusal("authentication", "this server requires its secret")
@@ -1058,7 +1089,12 @@ class _Handler(socketserver.BaseRequestHandler):
         self._trusted, self._end = True, None
         self.request.max_frame_bytes = self.server.max_frame_bytes
         self.request.sock.settimeout(STALL_SECONDS)
-        return encode_object({"head": self.server.store.head})
+        return encode_object(self._welcome())
+
+    def _welcome(self) -> dict[str, Any]:
+        if self._client:
+            self._turn = self.server.store.take_over(self._client)
+        return {"head": self.server.store.head}
 
     def _put(self, request: dict[str, Any]) -> bytes:
         topic, messages = _topic(request), request.get("messages")
@@ -1069,8 +1105,10 @@ class _Handler(socketserver.BaseRequestHandler):
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         bodies = [_body(message, limit) for message in messages]
         client = _name(request, "client")
-        origin = client and (client, _integer(request, "sequence"))
-        head, batch, waiters = self.server.store.put(topic, bodies, origin or None)
+        origin = None
+        if client:
+            origin = Origin(client, _integer(request, "sequence"), self._turn)
+        head, batch, waiters = self.server.store.put(topic, bodies, origin)
         if waiters:
             self.server.deliver(batch, waiters)
         return encode_frame(b'{"head":%d}' % head)
@@ -1333,8 +1371,7 @@ _EXCEPTIONS: dict[object, type[Exception]] = {
 }
 
 
-def _receive_reply(frames: FrameSocket, end: float) -> dict[str, Any]:
-    body = frames.receive(end)
+def _reply(body: bytes | bytearray | None) -> dict[str, Any]:
     if body is None:
         raise ConnectionResetError("the server closed the connection")
     reply = decode_object(body)
@@ -1350,30 +1387,44 @@ class _Lane:
     so the server can tell a put sent again from a new one.
     """
 
-    def __init__(self, dial: Callable[[float], FrameSocket]) -> None:
+    def __init__(self, dial: Callable[[_Lane, float], FrameSocket]) -> None:
         self.name = secrets.token_hex(16)
         self.sequence = 0
         self._dial = dial
-        self._frames: FrameSocket | None = None
+        # The connection is in one of these. From before a request until its reply is
+        # in, it is not ready: wherever an interrupt strikes, no later request can meet
+        # an earlier one's reply.
+        self._ready: FrameSocket | None = None
+        self._talking: FrameSocket | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._ready is not None
 
     def connect(self, end: float) -> FrameSocket:
-        if self._frames is None:
-            self._frames = self._dial(end)
-        return self._frames
+        if self._ready is None:
+            self.drop()
+            self._ready = self._dial(self, end)
+        return self._ready
 
     def exchange(self, request: bytes, end: float) -> dict[str, Any]:
         frames = self.connect(end)
+        self._talking = frames
+        self._ready = None
         frames.send(request, end)
-        return _receive_reply(frames, end)
+        body = frames.receive(end)
+        self._ready = frames
+        return _reply(body)
 
     def shut(self) -> None:
         """Ends the call under way, from another thread."""
-        if self._frames:
-            self._frames.shut()
+        if self._talking:
+            self._talking.shut()
 
     def drop(self) -> None:
-        """Forgets the connection: lost, or with a reply still to come on it."""
-        frames, self._frames = self._frames, None
+        """Closes the connection: lost, or with a reply still to come on it."""
+        frames = self._ready or self._talking
+        self._ready = self._talking = None
         if frames:
             frames.close()
 
@@ -1563,14 +1614,10 @@ class DSMQClientSideConnection:
                         raise self._named(error) from error
                 time.sleep(pause)
                 pause = min(2 * pause, MAX_RETRY_PAUSE_SECONDS)
-        except BaseException:
-            # A reply may be on its way; the next request must not meet it.
-            lane.drop()
-            raise
         finally:
+            if self._closed or not lane.ready:
+                lane.drop()
             with self._lock:
-                if self._closed:
-                    lane.drop()
                 self._idle.append(lane)
 
     def _borrow(self) -> _Lane:
@@ -1598,7 +1645,7 @@ class DSMQClientSideConnection:
             return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
         return error
 
-    def _dial(self, end: float) -> FrameSocket:
+    def _dial(self, lane: _Lane, end: float) -> FrameSocket:
         with self._lock:
             newest = max((a.last for a in self._cursors.values()), default=0)
         sock = _connected(self._host, self._port, end)
@@ -1608,7 +1655,7 @@ class DSMQClientSideConnection:
                     sock, server_hostname=self._host
                 )
             frames = FrameSocket(sock, MAX_FRAME_BYTES)
-            head = self._greet(frames, end)
+            head = self._greet(lane, frames, end)
         except BaseException:
             sock.close()
             raise
@@ -1622,10 +1669,11 @@ class DSMQClientSideConnection:
                 self._cursors.clear()
         return frames
 
-    def _greet(self, frames: FrameSocket, end: float) -> int:
+    def _greet(self, lane: _Lane, frames: FrameSocket, end: float) -> int:
         """The opening dialogue; gives the server's newest id.
 
-        1. client: hello, with a nonce if it has a secret.
+        1. client: hello, with a nonce if it has a secret, and with the lane's name if
+           this connection replaces one on which a put may be left over.
         2. server: the limits; without a secret the newest id, and that is all. With it
            a challenge, and the proof that it knows the secret.
         3. client: its own proof, once the server's is seen to be right.
@@ -1635,8 +1683,10 @@ class DSMQClientSideConnection:
         hello: dict[str, Any] = {"action": "hello", "protocol": PROTOCOL}
         if self._secret is not None:
             hello["nonce"] = nonce
+        if lane.sequence:
+            hello["client"] = lane.name
         frames.send(encode_object(hello), end)
-        reply = _receive_reply(frames, end)
+        reply = _reply(frames.receive(end))
         limit = _reply_integer(reply, "max_frame_bytes")
         if self._secret is not None:
             challenge, proof = str(reply.get("challenge")), str(reply.get("proof"))
@@ -1648,7 +1698,7 @@ class DSMQClientSideConnection:
             answer = _proof(self._secret, "client", nonce, challenge)
             request = {"action": "authenticate", "proof": answer}
             frames.send(encode_object(request), end)
-            reply = _receive_reply(frames, end)
+            reply = _reply(frames.receive(end))
         self._max_frame_bytes = frames.max_frame_bytes = limit
         return _reply_integer(reply, "head")
 
@@ -1832,11 +1882,10 @@ class DSMQClientSideConnection:
         """Stops the server. When this returns it takes no more connections."""
 
         def exchange(lane: _Lane, end: float) -> None:
-            frames = lane.connect(end)
-            frames.send(encode_object({"action": "shutdown"}), end)
+            lane.connect(end)
             # Without an answer it is going down already, if not by our doing.
             with contextlib.suppress(ConnectionError):
-                _receive_reply(frames, end)
+                lane.exchange(encode_object({"action": "shutdown"}), end)
 
         self._call(exchange)
 
@@ -1985,29 +2034,34 @@ def demo() -> None:
     processes = [context.Process(target=serve, args=(DEFAULT_HOST, port))]
     processes[0].start()
     with connect(port=port) as mq:
-        print(f"server:   listening on {DEFAULT_HOST}:{port}", flush=True)
+        _say(f"server:   listening on {DEFAULT_HOST}:{port}")
         for name in "AB":
             processes.append(context.Process(target=_demo_getter, args=(port, name)))
             processes[-1].start()
-            print(f"getter {mq.get_wait('ready')}: connected", flush=True)
+            _say(f"getter {mq.get_wait('ready')}: connected")
         for text in ("Hello, world", "Part mail room,", "part bulletin board.", "Bye"):
-            print(f"putter:   puts {text!r}", flush=True)
+            _say(f"putter:   puts {text!r}")
             mq.put("greetings", text)
             time.sleep(0.3)
-        print("putter:   asks the server to stop", flush=True)
+        _say("putter:   asks the server to stop")
         mq.shutdown_server()
     for process in processes:
         process.join()
-    print("server:   stopped", flush=True)
+    _say("server:   stopped")
 
 
 def _demo_getter(port: int, name: str) -> None:
     with connect(port=port) as mq:
         mq.put("ready", name)
         for text in mq.listen("greetings", timeout=5):
-            print(f"getter {name}: got {text!r}", flush=True)
+            _say(f"getter {name}: got {text!r}")
             if text == "Bye":
                 break
+
+
+def _say(line: str) -> None:
+    # Line and line end together, for others print to the same terminal.
+    print(line + "\n", end="", flush=True)
 
 
 def _free_port() -> int:
