@@ -100,7 +100,7 @@ MAX_TOPIC_CHARACTERS = 1000
 MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
 MAX_NAME_CHARACTERS = 256  # of a `client` or `nonce` field, which the server keeps
 ENVELOPE_BYTES = 128  # of a reply around its messages and ids
-PUT_ENVELOPE_BYTES = 160  # of a client's put around its topic and messages
+PUT_ENVELOPE_BYTES = 180  # of a client's put around its topic and messages
 ID_BYTES = 20  # of an id in a reply, at most
 # What a stored message takes in memory beside its text (row, index; measured 65 to 75
 # bytes), and what a topic takes beside its name: both count towards max_bytes, so that
@@ -370,19 +370,19 @@ class _Topic:
 
 
 class Origin(NamedTuple):
-    """Where a put comes from, so that it is stored once and not after later ones."""
+    """Where a put comes from, so that it is stored once, and not after later ones."""
 
     client: str
     sequence: int
-    turn: int  # which of the client's connections, counted by MessageStore.take_over
+    settled: int  # the client expects no more of its puts up to this sequence
 
 
 class _RecentPuts:
-    __slots__ = ("at", "heads", "turn")
+    __slots__ = ("at", "heads", "settled")
 
     def __init__(self) -> None:
-        self.at = 0.0  # the last time anything was heard of the client
-        self.turn = 0
+        self.at = 0.0  # of the last one
+        self.settled = -MAX_INTEGER - 1
         self.heads: dict[int, int] = {}  # by sequence, newest last
 
 
@@ -463,7 +463,7 @@ class MessageStore:
         """Stores all bodies or none; gives the id of the last, what was stored, and the
         waiters now to be answered by the caller. A put whose client and sequence were
         stored before gives that id and nothing else. Raises QueueFull, and DSMQError
-        for a put left over on a connection that the client has replaced."""
+        for a put that comes too late: its client has settled it."""
         with self._lock:
             known = self._known_head(origin)
             if known is not None:
@@ -476,7 +476,7 @@ class MessageStore:
             self._insert([(id_, entry.key, now, b) for id_, b in zip(ids, bodies)])
             self._count(entry, len(bodies), cost)
             self._head = entry.newest = ids[-1]
-            self._remember(origin)
+            self._remember(origin, now)
             # A reader whose `after` is above the head waits for later messages.
             woken = [w for w in entry.waiters if w.after < self._head]
             for waiter in woken:
@@ -523,37 +523,28 @@ class MessageStore:
         if not entry.messages and not entry.waiters:
             del self._topics[entry.name], self._topics_by_key[entry.key]
 
-    def take_over(self, client: str) -> int:
-        """The turn of a client's new connection. From now on puts of earlier turns are
-        refused: one that an interrupt or a timeout left on its way would otherwise be
-        stored after later ones."""
-        with self._lock:
-            recent = self._heard_of(client)
-            recent.turn += 1
-            return recent.turn
-
-    def _heard_of(self, client: str) -> _RecentPuts:
-        recent = self._recent.setdefault(client, _RecentPuts())
-        recent.at = self._clock()
-        self._recent.move_to_end(client)
-        if len(self._recent) > REMEMBERED_CLIENTS:
-            self._recent.popitem(last=False)
-        return recent
-
     def _known_head(self, origin: Origin | None) -> int | None:
         recent = self._recent.get(origin.client) if origin else None
         if recent is None or origin is None:
             return None
-        if origin.turn < recent.turn:
-            raise DSMQError("the client has a newer connection")
-        return recent.heads.get(origin.sequence)
+        head = recent.heads.get(origin.sequence)
+        if head is None and origin.sequence <= recent.settled:
+            # Left on its way by an interrupt or a timeout, on a connection lost since.
+            raise DSMQError(f"sequence {origin.sequence} was settled before")
+        return head
 
-    def _remember(self, origin: Origin | None) -> None:
-        if origin:
-            heads = self._heard_of(origin.client).heads
-            heads[origin.sequence] = self._head
-            if len(heads) > REMEMBERED_PUTS:
-                del heads[next(iter(heads))]
+    def _remember(self, origin: Origin | None, now: float) -> None:
+        if origin is None:
+            return
+        recent = self._recent.setdefault(origin.client, _RecentPuts())
+        self._recent.move_to_end(origin.client)
+        recent.at = now
+        recent.settled = max(recent.settled, origin.settled)
+        recent.heads[origin.sequence] = self._head
+        if len(recent.heads) > REMEMBERED_PUTS:
+            del recent.heads[next(iter(recent.heads))]
+        if len(self._recent) > REMEMBERED_CLIENTS:
+            self._recent.popitem(last=False)
 
     def get(
         self,
@@ -1007,8 +998,6 @@ class _Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         self._trusted = self.server.secret is None
         self._expected_proof = ""  # the client's, once it said hello
-        self._client: str | None = None  # whose earlier connections this one replaces
-        self._turn = 0
         # Without it someone who knows no secret could keep a thread for ever.
         self._end = None if self._trusted else time.monotonic() + STALL_SECONDS
         try:
@@ -1063,10 +1052,10 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _Refusal("bad_request", f"protocol is {PROTOCOL}, not {protocol}")
         reply: dict[str, Any] = {"protocol": PROTOCOL}
         reply["max_frame_bytes"] = self.server.max_frame_bytes
-        self._client = _name(request, "client")
         secret = self.server.secret
         if secret is None:
-            return encode_object({**reply, **self._welcome()})
+            reply["head"] = self.server.store.head
+            return encode_object(reply)
         nonce = _name(request, "nonce")
         if nonce is None:
             raise _Refusal("authentication", "this server requires its secret")
@@ -1089,12 +1078,7 @@ class _Handler(socketserver.BaseRequestHandler):
         self._trusted, self._end = True, None
         self.request.max_frame_bytes = self.server.max_frame_bytes
         self.request.sock.settimeout(STALL_SECONDS)
-        return encode_object(self._welcome())
-
-    def _welcome(self) -> dict[str, Any]:
-        if self._client:
-            self._turn = self.server.store.take_over(self._client)
-        return {"head": self.server.store.head}
+        return encode_object({"head": self.server.store.head})
 
     def _put(self, request: dict[str, Any]) -> bytes:
         topic, messages = _topic(request), request.get("messages")
@@ -1107,7 +1091,9 @@ class _Handler(socketserver.BaseRequestHandler):
         client = _name(request, "client")
         origin = None
         if client:
-            origin = Origin(client, _integer(request, "sequence"), self._turn)
+            sequence = _integer(request, "sequence")
+            settled = _integer(request, "settled", -MAX_INTEGER - 1)
+            origin = Origin(client, sequence, settled)
         head, batch, waiters = self.server.store.put(topic, bodies, origin)
         if waiters:
             self.server.deliver(batch, waiters)
@@ -1387,7 +1373,7 @@ class _Lane:
     so the server can tell a put sent again from a new one.
     """
 
-    def __init__(self, dial: Callable[[_Lane, float], FrameSocket]) -> None:
+    def __init__(self, dial: Callable[[float], FrameSocket]) -> None:
         self.name = secrets.token_hex(16)
         self.sequence = 0
         self._dial = dial
@@ -1404,7 +1390,7 @@ class _Lane:
     def connect(self, end: float) -> FrameSocket:
         if self._ready is None:
             self.drop()
-            self._ready = self._dial(self, end)
+            self._ready = self._dial(end)
         return self._ready
 
     def exchange(self, request: bytes, end: float) -> dict[str, Any]:
@@ -1440,8 +1426,9 @@ def _numbered_put(name: bytes, load: bytes) -> Callable[[_Lane, float], None]:
         if not request:
             lane.sequence += 1
             request = encode_frame(
-                b'{"action":"put","client":"%b","sequence":%d,"topic":%b,'
-                b'"messages":[%b]}' % (lane.name.encode(), lane.sequence, name, load)
+                b'{"action":"put","client":"%b","sequence":%d,"settled":%d,'
+                b'"topic":%b,"messages":[%b]}'
+                % (lane.name.encode(), lane.sequence, lane.sequence - 1, name, load)
             )
         lane.exchange(request, end)
 
@@ -1645,7 +1632,7 @@ class DSMQClientSideConnection:
             return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
         return error
 
-    def _dial(self, lane: _Lane, end: float) -> FrameSocket:
+    def _dial(self, end: float) -> FrameSocket:
         with self._lock:
             newest = max((a.last for a in self._cursors.values()), default=0)
         sock = _connected(self._host, self._port, end)
@@ -1655,7 +1642,7 @@ class DSMQClientSideConnection:
                     sock, server_hostname=self._host
                 )
             frames = FrameSocket(sock, MAX_FRAME_BYTES)
-            head = self._greet(lane, frames, end)
+            head = self._greet(frames, end)
         except BaseException:
             sock.close()
             raise
@@ -1669,11 +1656,10 @@ class DSMQClientSideConnection:
                 self._cursors.clear()
         return frames
 
-    def _greet(self, lane: _Lane, frames: FrameSocket, end: float) -> int:
+    def _greet(self, frames: FrameSocket, end: float) -> int:
         """The opening dialogue; gives the server's newest id.
 
-        1. client: hello, with a nonce if it has a secret, and with the lane's name if
-           this connection replaces one on which a put may be left over.
+        1. client: hello, with a nonce if it has a secret.
         2. server: the limits; without a secret the newest id, and that is all. With it
            a challenge, and the proof that it knows the secret.
         3. client: its own proof, once the server's is seen to be right.
@@ -1683,8 +1669,6 @@ class DSMQClientSideConnection:
         hello: dict[str, Any] = {"action": "hello", "protocol": PROTOCOL}
         if self._secret is not None:
             hello["nonce"] = nonce
-        if lane.sequence:
-            hello["client"] = lane.name
         frames.send(encode_object(hello), end)
         reply = _reply(frames.receive(end))
         limit = _reply_integer(reply, "max_frame_bytes")

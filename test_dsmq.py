@@ -629,31 +629,32 @@ def test_a_flood_of_empty_messages_and_of_topics_is_bounded_too() -> None:
     assert len(store._topics) < 300
 
 
+def origin(client: str, sequence: int, settled: int = -1) -> dsmq.Origin:
+    return dsmq.Origin(client, sequence, settled)
+
+
 def test_a_repeated_put_is_stored_once_and_answered_the_same(
     store: dsmq.MessageStore,
 ) -> None:
     head = store.head
-    first = store.put("a", [b"1"], dsmq.Origin("c", 7, 0))
-    assert store.put("a", [b"2"], dsmq.Origin("c", 8, 0))[0] == first[0] + 1
-    assert store.put("a", [b"1"], dsmq.Origin("c", 7, 0))[0] == first[0]
-    assert store.put("a", [b"3"], dsmq.Origin("d", 7, 0))[0] == first[0] + 2
-    assert (
-        store.put("a", [b"4"], dsmq.Origin("c", 3, 0))[0] == first[0] + 3
-    )  # lower, but new
+    first = store.put("a", [b"1"], origin("c", 7))
+    assert store.put("a", [b"2"], origin("c", 8))[0] == first[0] + 1
+    assert store.put("a", [b"1"], origin("c", 7))[0] == first[0]
+    assert store.put("a", [b"3"], origin("d", 7))[0] == first[0] + 2
+    assert store.put("a", [b"4"], origin("c", 3))[0] == first[0] + 3  # lower, but new
     assert texts(store.get("a", head, 9, ROOM)) == [b"1", b"2", b"3", b"4"]
 
 
-def test_a_put_left_over_on_a_replaced_connection_is_refused(
+def test_a_put_that_comes_after_its_client_settled_it_is_refused(
     store: dsmq.MessageStore,
 ) -> None:
     head = store.head
-    store.put("a", [b"1"], dsmq.Origin("c", 1, 0))
-    turn = store.take_over("c")
-    assert store.put("a", [b"1"], dsmq.Origin("c", 1, turn))[0] == head + 1
-    store.put("a", [b"3"], dsmq.Origin("c", 3, turn))
-    with pytest.raises(DSMQError, match="newer connection"):
-        store.put("a", [b"2"], dsmq.Origin("c", 2, 0))
-    store.put("a", [b"4"], dsmq.Origin("d", 2, 0))
+    store.put("a", [b"1"], origin("c", 1))
+    store.put("a", [b"3"], origin("c", 3, 2))
+    with pytest.raises(DSMQError, match="sequence 2 was settled"):
+        store.put("a", [b"2"], origin("c", 2, 1))
+    assert store.put("a", [b"1"], origin("c", 1))[0] == head + 1
+    store.put("a", [b"4"], origin("d", 2))
     assert texts(store.get("a", head, 9, ROOM)) == [b"1", b"3", b"4"]
 
 
@@ -661,17 +662,17 @@ def test_puts_are_remembered_in_bounded_memory_while_messages_live(
     store: dsmq.MessageStore, clock: Clock
 ) -> None:
     for i in range(10 * dsmq.REMEMBERED_PUTS):
-        store.put("a", [b"x"], dsmq.Origin("busy", i, 0))
+        store.put("a", [b"x"], origin("busy", i))
     assert len(store._recent["busy"].heads) == dsmq.REMEMBERED_PUTS
-    head = store.put("a", [b"x"], dsmq.Origin("quiet", 1, 0))[0]
+    head = store.put("a", [b"x"], origin("quiet", 1))[0]
     clock.now += 599
     store.forget_puts()
-    assert store.put("a", [b"x"], dsmq.Origin("quiet", 1, 0))[0] == head
+    assert store.put("a", [b"x"], origin("quiet", 1))[0] == head
     clock.now += 2
     store.forget_puts()
     assert not store._recent
     for i in range(dsmq.REMEMBERED_CLIENTS + 10):
-        store.put("a", [b"x"], dsmq.Origin(str(i), 1, 0))
+        store.put("a", [b"x"], origin(str(i), 1))
     assert len(store._recent) == dsmq.REMEMBERED_CLIENTS
 
 
@@ -1013,16 +1014,14 @@ def test_a_pair_of_client_and_sequence_is_stored_once(
     assert reply["messages"] == ["x", "x"]
 
 
-def test_a_hello_that_names_a_client_replaces_its_earlier_connections(
-    server: Server, raw: Callable[[int], Raw]
-) -> None:
+def test_a_settled_put_is_stale(server: Server, raw: Callable[[int], Raw]) -> None:
     old, new = raw(server.port), raw(server.port)
     put = {"action": "put", "topic": "t", "messages": ["x"], "client": "c"}
     first = old.ask(**put, sequence=1)
-    assert new.ask(action="hello", client="c")["head"] == first["head"]
-    assert new.ask(**put, sequence=1) == first
+    assert new.ask(**put, sequence=3, settled=2)["head"] == first["head"] + 1
     assert old.ask(**put, sequence=2)["code"] == "stale"
-    assert new.ask(**put, sequence=3)["head"] == first["head"] + 1
+    assert old.ask(**put, sequence=1) == first
+    assert old.ask(**put, sequence=4)["head"] == first["head"] + 2
 
 
 def test_a_client_that_vanishes_while_it_waits_is_dropped(
