@@ -1830,7 +1830,9 @@ class DSMQClientSideConnection:
         def exchange(lane: _Lane, end: float) -> dict[str, Any]:
             # Half of the time that is left, so that an answer that does not come is
             # told from one that comes late.
-            nonlocal begun
+            nonlocal begun, limit
+            if begun:  # a line that breaks now and then may never carry a long reply
+                limit = max(limit // 2, 1)
             lane.connect(end)
             begun = time.monotonic()
             seconds = min(wait, (end - begun) / 2, MAX_WAIT_SECONDS)
