@@ -465,6 +465,7 @@ class MessageStore:
         stored before gives that id and nothing else. Raises QueueFull, and DSMQError
         for a put that comes too late: its client has settled it."""
         with self._lock:
+            self._check_open()
             known = self._known_head(origin)
             if known is not None:
                 return known, EMPTY, []
@@ -482,6 +483,10 @@ class MessageStore:
             for waiter in woken:
                 del entry.waiters[waiter]
             return self._head, Batch(ids, bodies, self.time_to_live), woken
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionAbortedError("the server has stopped")
 
     def _check_room(self, cost_bytes: int) -> None:
         if self._bytes + cost_bytes > self.max_bytes:
@@ -562,6 +567,7 @@ class MessageStore:
             # In steps, for a long read must not keep everyone else from the lock.
             step = min(limit - len(batch.ids), STEP_MESSAGES)
             with self._lock:
+                self._check_open()
                 more = self._read(topic, after, step, min(room_bytes, STEP_BYTES))
                 if waiter and not more.ids and not batch.ids:
                     self._begin_wait(waiter)
@@ -603,6 +609,7 @@ class MessageStore:
     def get_latest(self, topic: str, after: int) -> Batch:
         """The newest live message with an id above `after`, or none."""
         with self._lock:
+            self._check_open()
             entry = self._topics.get(topic)
             if entry is None or entry.newest <= after:
                 return EMPTY
@@ -617,9 +624,6 @@ class MessageStore:
         return float(self._db.execute(sql, {"id": id_}).fetchone()[0])
 
     def _begin_wait(self, waiter: Waiter) -> None:
-        if self._closed:
-            waiter.woken.release()
-            return
         entry = self._topics.get(waiter.topic)
         if entry is None:
             entry = _Topic(waiter.topic, self._last_key + 1)
@@ -707,12 +711,12 @@ class MessageStore:
         }
 
     def close(self) -> None:
-        """Wakes every waiter; no more are taken on."""
+        """Wakes every waiter and frees the messages; may be called again."""
         with self._lock:
             self._closed = True
+            self._db.close()
             waiters = [w for t in self._topics.values() for w in t.waiters]
-            for entry in list(self._topics.values()):
-                entry.waiters.clear()
+            self._topics.clear()
         for waiter in waiters:
             waiter.woken.release()
 
@@ -828,8 +832,9 @@ class _Server(socketserver.ThreadingTCPServer):
         except KeyboardInterrupt:
             pass  # the usual way to stop a server by hand
         finally:
+            self.stopping.set()
+            timer.join()  # a step of the purge at most
             self.close()
-            timer.join(CLOSE_SECONDS)
 
     def stop(self) -> None:
         """Ends `run` from another thread; returns when the port is free."""
