@@ -1281,10 +1281,12 @@ def serve(
         context.load_cert_chain(certfile, keyfile)
     elif keyfile is not None:
         raise ValueError("a keyfile needs a certfile")
-    store = MessageStore(float(time_to_live), max_bytes)
-    with _listening(
-        host, port, store, max_frame_bytes, max_clients, secret, context
-    ) as server:
+    with (
+        contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
+        _listening(
+            host, port, store, max_frame_bytes, max_clients, secret, context
+        ) as server,
+    ):
         _log.info("dsmq %s%s", __version__, ", with TLS" if context else "")
         _log.info("listening on %s", _address(server.server_address))
         _log.info("stop it with Ctrl-C, or shutdown_server() from a client")
@@ -1409,12 +1411,13 @@ class _Lane:
 
     def shut(self) -> None:
         """Ends the call under way, from another thread."""
-        if self._talking:
-            self._talking.shut()
+        frames = self._talking or self._ready
+        if frames:
+            frames.shut()
 
     def drop(self) -> None:
         """Closes the connection: lost, or with a reply still to come on it."""
-        frames = self._ready or self._talking
+        frames = self._talking or self._ready
         self._ready = self._talking = None
         if frames:
             frames.close()
@@ -1600,11 +1603,11 @@ class DSMQClientSideConnection:
                     return work(lane, end)
                 except OSError as error:
                     lane.drop()
-                    if self._closed:
-                        raise ConnectionError("this client is closed") from None
+                    self._check_usable()
                     if _is_final(error) or time.monotonic() + pause >= end:
                         raise self._named(error) from error
                 time.sleep(pause)
+                self._check_usable()
                 pause = min(2 * pause, MAX_RETRY_PAUSE_SECONDS)
         finally:
             if self._closed or not lane.ready:
@@ -1659,6 +1662,9 @@ class DSMQClientSideConnection:
                 # new to this client.
                 self._start = 0
                 self._cursors.clear()
+            if self._closed:  # meanwhile, by another thread
+                frames.close()
+                raise ConnectionError("this client is closed")
         return frames
 
     def _greet(self, frames: FrameSocket, end: float) -> int:
