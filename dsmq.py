@@ -1380,34 +1380,42 @@ class _Lane:
     so the server can tell a put sent again from a new one.
     """
 
-    def __init__(self, dial: Callable[[float], FrameSocket]) -> None:
+    def __init__(self, dial: Callable[[float], Any]) -> None:
         self.name = secrets.token_hex(16)
         self.sequence = 0
         self._dial = dial
-        # The connection is in one of these. From before a request until its reply is
-        # in, it is not ready: wherever an interrupt strikes, no later request can meet
-        # an earlier one's reply.
-        self._ready: FrameSocket | None = None
-        self._talking: FrameSocket | None = None
+        # The connection, a FrameSocket or what another engine dials, is in one of
+        # these. From before a request until its reply is in, it is not ready: wherever
+        # an interrupt strikes, no later request can meet an earlier one's reply.
+        self._ready: Any = None
+        self._talking: Any = None
 
     @property
     def ready(self) -> bool:
         return self._ready is not None
 
-    def connect(self, end: float) -> FrameSocket:
+    def connect(self, end: float) -> Any:
         if self._ready is None:
             self.drop()
             self._ready = self._dial(end)
         return self._ready
 
-    def exchange(self, request: bytes, end: float) -> dict[str, Any]:
-        frames = self.connect(end)
-        self._talking = frames
+    def talk(self, work: Callable[[Any], _T], end: float) -> _T:
+        """`work` done with the connection: what sends a request and takes in its whole
+        reply."""
+        connection = self.connect(end)
+        self._talking = connection
         self._ready = None
-        frames.send(request, end)
-        body = frames.receive(end)
-        self._ready = frames
-        return _reply(body)
+        result = work(connection)
+        self._ready = connection
+        return result
+
+    def exchange(self, request: bytes, end: float) -> dict[str, Any]:
+        def ask(frames: FrameSocket) -> bytes | bytearray | None:
+            frames.send(request, end)
+            return frames.receive(end)
+
+        return _reply(self.talk(ask, end))
 
     def shut(self) -> None:
         """Ends the call under way, from another thread."""
@@ -1425,20 +1433,26 @@ class _Lane:
     __del__ = drop  # a client that was never closed gives no ResourceWarning
 
 
-def _numbered_put(name: bytes, load: bytes) -> Callable[[_Lane, float], None]:
-    """Puts, with the same number however often it is called, on whichever lane."""
-    request = b""
+def _put_frame(name: bytes, load: list[bytes], client: str, sequence: int) -> bytes:
+    return encode_frame(
+        b'{"action":"put","client":"%b","sequence":%d,"settled":%d,'
+        b'"topic":%b,"messages":[%b]}'
+        % (client.encode(), sequence, sequence - 1, name, b",".join(load))
+    )
+
+
+def _numbered_put(
+    make: Callable[[str, int], _T], send: Callable[[_Lane, _T, float], object]
+) -> Callable[[_Lane, float], None]:
+    """Sends what `make` gives for a lane's name and the number of its next put: with
+    the same number however often it is called, on whichever lane."""
+    requests: list[_T] = []
 
     def exchange(lane: _Lane, end: float) -> None:
-        nonlocal request
-        if not request:
+        if not requests:
             lane.sequence += 1
-            request = encode_frame(
-                b'{"action":"put","client":"%b","sequence":%d,"settled":%d,'
-                b'"topic":%b,"messages":[%b]}'
-                % (lane.name.encode(), lane.sequence, lane.sequence - 1, name, load)
-            )
-        lane.exchange(request, end)
+            requests.append(make(lane.name, lane.sequence))
+        send(lane, requests[0], end)
 
     return exchange
 
@@ -1514,6 +1528,7 @@ class DSMQClientSideConnection:
     # twice as long as the one before, in seconds. The original's names.
     _n_tries = 10
     _initial_retry = 0.01
+    _engine = "dsmq server"  # as error messages name it
 
     def __init__(
         self,
@@ -1624,7 +1639,7 @@ class DSMQClientSideConnection:
             return lane
 
     def _named(self, error: OSError) -> OSError:
-        where = f"dsmq server at {self._host}:{self._port}"
+        where = f"{self._engine} at {self._host}:{self._port}"
         if isinstance(error, FrameError):
             return FrameError(f"the {where} speaks another protocol, or TLS: {error}")
         if isinstance(error, ConnectionRefusedError):
@@ -1640,20 +1655,35 @@ class DSMQClientSideConnection:
             return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
         return error
 
-    def _dial(self, end: float) -> FrameSocket:
-        with self._lock:
-            newest = max((a.last for a in self._cursors.values()), default=0)
-        sock = _connected(self._host, self._port, end)
+    def _dial(self, end: float) -> Any:
+        newest = self._newest()
+        frames = self._reach(self._host, self._port, end)
+        try:
+            head = self._greet(frames, end)
+            self._check_usable()  # another thread may have closed it meanwhile
+        except BaseException:
+            frames.close()
+            raise
+        self._note_head(head, newest)
+        return frames
+
+    def _reach(self, host: str, port: int, end: float) -> FrameSocket:
+        sock = _connected(host, port, end)
         try:
             if self._tls:
-                sock = _tls_context(self._tls).wrap_socket(
-                    sock, server_hostname=self._host
-                )
-            frames = FrameSocket(sock, MAX_FRAME_BYTES)
-            head = self._greet(frames, end)
+                sock = _tls_context(self._tls).wrap_socket(sock, server_hostname=host)
+            return FrameSocket(sock, MAX_FRAME_BYTES)
         except BaseException:
             sock.close()
             raise
+
+    def _newest(self) -> int:
+        """The newest id read so far."""
+        with self._lock:
+            return max((a.last for a in self._cursors.values()), default=0)
+
+    def _note_head(self, head: int, newest: int) -> None:
+        """Takes in the server's newest id; `newest` was read before dialling."""
         with self._lock:
             if self._start is None:
                 self._start = head
@@ -1662,10 +1692,6 @@ class DSMQClientSideConnection:
                 # new to this client.
                 self._start = 0
                 self._cursors.clear()
-            if self._closed:  # meanwhile, by another thread
-                frames.close()
-                raise ConnectionError("this client is closed")
-        return frames
 
     def _greet(self, frames: FrameSocket, end: float) -> int:
         """The opening dialogue; gives the server's newest id.
@@ -1718,7 +1744,7 @@ class DSMQClientSideConnection:
         self._check_usable()
         room_bytes = self._max_frame_bytes - PUT_ENVELOPE_BYTES - len(name)
         for load in list(_loads(msgs, room_bytes)):  # all are checked before one goes
-            self._call(_numbered_put(name, load))
+            self._call(_numbered_put(partial(_put_frame, name, load), _Lane.exchange))
 
     # Reading
 
@@ -1968,35 +1994,40 @@ def _checked_topic(topic: object) -> str:
     return topic
 
 
-def _checked_text(text: str) -> bytes:
+def _checked_text(text: str, encode: Callable[[str], bytes] = encode_text) -> bytes:
     try:
-        return encode_text(text)
+        return encode(text)
     except UnicodeEncodeError:
         raise ValueError(
             f"UTF-8 has no lone surrogates, as in {_shown(text)}"
         ) from None
 
 
-def _loads(msgs: Iterable[str], room_bytes: int) -> Iterator[bytes]:
-    """The messages as JSON, joined with commas to loads of up to `room_bytes`."""
+def _loads(
+    msgs: Iterable[str],
+    room_bytes: int,
+    encode: Callable[[str], bytes] = encode_text,
+    each_bytes: int = 1,  # that a message takes beside its text: here, a comma
+) -> Iterator[list[bytes]]:
+    """The messages, encoded, in loads that take up to `room_bytes` in a request."""
     load: list[bytes] = []
     load_bytes = 0
     for msg in msgs:
         if not isinstance(msg, str):
             raise TypeError(f"a message must be a str, not {_shown(msg)}")
-        body = _checked_text(msg)
+        body = _checked_text(msg, encode)
         if len(body) > room_bytes:
             raise ValueError(
                 f"the message {_shown(msg)} takes {len(body)} bytes, but"
                 f" {room_bytes} fit into a frame of the server"
             )
-        if load and load_bytes + len(body) + 1 > room_bytes:
-            yield b",".join(load)
+        if load and load_bytes + len(body) + each_bytes > room_bytes:
+            yield load
             load, load_bytes = [], 0
         load.append(body)
-        load_bytes += len(body) + 1
+        load_bytes += len(body) + each_bytes
     if load:
-        yield b",".join(load)
+        yield load
 
 
 def connect(
