@@ -36,10 +36,12 @@ Threads and locks
 from __future__ import annotations
 
 import argparse
+import binascii
 import bisect
 import contextlib
 import errno
 import hmac
+import importlib
 import ipaddress
 import json
 import logging
@@ -47,6 +49,7 @@ import math
 import multiprocessing
 import os
 import queue
+import re
 import secrets
 import signal
 import socket
@@ -57,6 +60,7 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -2046,10 +2050,452 @@ def connect(
     server prove to each other that they know it, or AuthenticationError is raised.
     `tls` is True to trust the certificate authorities of the system, or the path of a
     PEM file with the certificate to trust. `verbose` shows the log on stderr.
+
+    A host redis://[user:password@]host[:port][/database], or rediss:// for TLS, gives
+    the same on a Redis or a Redis Cluster; see `_RedisConnection`.
     """
-    return DSMQClientSideConnection(
-        host, port, verbose, timeout=timeout, secret=secret, tls=tls
+    engine: Callable[..., DSMQClientSideConnection] = DSMQClientSideConnection
+    if isinstance(host, str) and host.startswith(("redis://", "rediss://")):
+        engine = _RedisConnection
+    return engine(host, port, verbose, timeout=timeout, secret=secret, tls=tls)
+
+
+# ------------------------------------------------------------ past one machine (Redis)
+
+# What is where in Redis: the messages of a topic in a stream, {dsmq:topic}, with ids of
+# milliseconds and a number; the number of a client's last put, for a while, in
+# {dsmq:topic}client, which the braces keep on the same node of a cluster; and on a
+# single server the newest id over all topics in dsmq:head.
+_REDIS_HEAD = b"dsmq:head"
+_REDIS_STREAM = b"{dsmq:%b}"
+_REDIS_READ_MESSAGES = 100  # in one reply, which Redis cannot bound in bytes
+_REDIS_MESSAGE_BYTES = 72  # that a message takes in a request beside its text, at most
+_REDIS_ID_BITS = 64  # here an id is milliseconds << 64 | number: in order like Redis's
+
+# Stores messages, all or none. KEYS: the stream, the client's last put and, unless in a
+# cluster, dsmq:head. ARGV: the put's number, milliseconds to keep its messages and its
+# number, and the messages.
+#
+# A put sent again, for its answer was lost, is known by its number. Lower numbers are
+# refused too: they come late, on a connection given up. As a replica takes in stream
+# and number together, after a failover it has both or neither, and stores a put once.
+#
+# Redis would make an id on a topic without messages from its clock alone. But two
+# topics may share a millisecond, and a clock may step back. Ids made from dsmq:head
+# grow over all topics, as in a dsmq server: they tell what was put before a connect.
+_REDIS_PUT = b"""
+local last = redis.call('GET', KEYS[2])
+if last and tonumber(last) >= tonumber(ARGV[1]) then return end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local id = KEYS[3] and redis.call('GET', KEYS[3]) or '0-0'
+local ms, number = string.match(id, '(%d+)-(%d+)')
+ms, number = tonumber(ms), tonumber(number)
+for i = 4, #ARGV do
+    if ms < now then ms, number = now, 0 else number = number + 1 end
+    id = KEYS[3] and string.format('%.0f-%.0f', ms, number) or '*'
+    redis.call('XADD', KEYS[1], id, 'message', ARGV[i])
+end
+if KEYS[3] then redis.call('SET', KEYS[3], id) end
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
+redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', now - ARGV[2] + 1))
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+# What an error becomes by the code in its text; DSMQError if not listed. What passes (a
+# restart, a failover, a slot on the move) is a connection error, so it is retried.
+_REDIS_EXCEPTIONS: dict[str, type[Exception]] = {
+    "OOM": QueueFull,
+    "WRONGPASS": AuthenticationError,
+    "NOAUTH": AuthenticationError,
+    "ERR AUTH": AuthenticationError,
+    "ERR max number of clients": ConnectionRefusedError,
+    "BUSY": ConnectionError,
+    "CLUSTERDOWN": ConnectionError,
+    "LOADING": ConnectionError,
+    "MASTERDOWN": ConnectionError,
+    "READONLY": ConnectionError,
+    "TRYAGAIN": ConnectionError,
+    "UNBLOCKED": ConnectionError,
+}
+
+_Node = tuple[str, int]  # host and port
+_Command = tuple[Any, ...]
+
+
+def _redis_package() -> Any:
+    """Imported only by those who use it, as only they need to have it."""
+    try:
+        return importlib.import_module("redis")
+    except ImportError as error:
+        raise DSMQError(
+            f"a Redis needs the package redis: pip install dsmq[redis] ({error})"
+        ) from error
+
+
+class _Redirection(Exception):
+    """Another node of a cluster has the key: for this once (ASK), or MOVED."""
+
+    def __init__(self, text: str, asked: _Node) -> None:
+        super().__init__(text)
+        code, _, address = text.split(" ")[:3]
+        host, _, port = address.rpartition(":")
+        self.moved = code == "MOVED"
+        self.node: _Node = (host or asked[0], int(port))
+
+
+def _redis_exception(error: Exception, node: _Node) -> Exception:
+    """What every dsmq client raises for an error of the package."""
+    redis, text = _redis_package(), str(error)
+    if text.startswith(("MOVED ", "ASK ")):
+        return _Redirection(text, node)
+    kind: type[Exception] = ConnectionError
+    if isinstance(error, redis.TimeoutError):
+        kind = TimeoutError
+    elif isinstance(error, redis.exceptions.InvalidResponse):
+        kind = FrameError
+    elif isinstance(error, redis.ResponseError):
+        code = next((code for code in _REDIS_EXCEPTIONS if code in text), None)
+        kind = _REDIS_EXCEPTIONS[code] if code else DSMQError
+    return kind(f"{node[0]}:{node[1]}: {text[:500]}")
+
+
+class _RedisNode:
+    """A connection to one server. The package speaks the protocol, over a socket made
+    here, so that TLS and time limits are those of every dsmq client."""
+
+    def __init__(self, node: _Node, frames: FrameSocket, login: dict[str, Any]) -> None:
+        self._node = node
+        self.frames = frames
+        connection = _redis_package().connection
+        # Its versions differ in which errors have classes of their own; without any,
+        # the server's text stays whole.
+        parser = type("Parser", (connection.DefaultParser,), {"EXCEPTION_CLASSES": {}})
+        self._connection = connection.Connection(
+            host=node[0], port=node[1], protocol=2, parser_class=parser, **login
+        )
+        self._connection._connect = lambda: frames.sock
+
+    def ask(self, end: float, *commands: _Command) -> list[Any]:
+        """The replies, once all have come. Raises the first that is an error."""
+        redis = _redis_package()
+        replies: list[Any] = []
+        try:
+            self.frames._limit_to(end)
+            packed = self._connection.pack_commands(commands)
+            self._connection.send_packed_command(packed)  # logs in, the first time
+            for _ in commands:
+                self.frames._limit_to(end)
+                try:
+                    replies.append(self._connection.read_response())
+                except redis.ResponseError as error:
+                    replies.append(error)
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+        except redis.RedisError as error:
+            raise _redis_exception(error, self._node) from error
+        return replies
+
+    def close(self) -> None:
+        self._connection.disconnect()
+        self.frames.close()
+
+
+class _RedisLink:
+    """A lane's connections: in a cluster, one to each node it had to do with.
+
+    The package's RedisCluster would repeat commands in its own time, ask a node before
+    each XREAD which words of it are keys, and after an interrupt use connections with a
+    reply still to come.
+    """
+
+    def __init__(self, open_node: Callable[[_Node, float], _RedisNode]) -> None:
+        self._open = open_node
+        self._nodes: dict[_Node, _RedisNode] = {}
+
+    def ask(self, node: _Node, end: float, *commands: _Command) -> list[Any]:
+        if node not in self._nodes:
+            self._nodes[node] = self._open(node, end)
+        return self._nodes[node].ask(end, *commands)
+
+    def shut(self) -> None:
+        for node in list(self._nodes.values()):
+            node.frames.shut()
+
+    def close(self) -> None:
+        for node in self._nodes.values():
+            node.close()
+
+
+class _RedisConnection(DSMQClientSideConnection):
+    """A client like any other, whose messages are in Redis 6.2 or later.
+
+    On a single server all is as with a dsmq server. In a Redis Cluster each node makes
+    ids from its own clock, so where reading begins is exact only up to the difference
+    between the clocks, and while one that stepped back catches up, what is put to its
+    node may be missed. In a failover Redis may lose messages it had acknowledged.
+    """
+
+    _engine = "Redis"
+    _time_to_live = TIME_TO_LIVE_SECONDS  # to be the same for all clients
+
+    def __init__(
+        self,
+        url: str,
+        port: int = DEFAULT_PORT,
+        verbose: bool = False,
+        *,
+        timeout: float = 10.0,
+        secret: str | None = None,
+        tls: bool | str | os.PathLike[str] = False,
+    ) -> None:
+        if port != DEFAULT_PORT or secret is not None:
+            raise ValueError("port and password of a Redis belong in its URL")
+        scheme, node, self._login = _parsed_redis_url(url)
+        if tls and scheme != "rediss":
+            raise ValueError("TLS to a Redis is asked for with rediss://")
+        _redis_package()
+        self._clustered: bool | None = None
+        # The nodes known, best first, and where the keys of a slot were. Both are
+        # hints, and put right by redirections.
+        self._nodes = [node]
+        self._homes: dict[int, _Node] = {}
+        tls = tls or scheme == "rediss"
+        super().__init__(*node, verbose, timeout=timeout, tls=tls)
+
+    # Reaching the servers
+
+    def _dial(self, end: float) -> Any:
+        link = _RedisLink(self._open)
+        if self._start is None:  # connecting; later ones are opened as they are needed
+            self._ask(link, self._nodes[0], end)
+        return link
+
+    def _open(self, node: _Node, end: float) -> _RedisNode:
+        newest = self._newest()
+        opened = _RedisNode(node, self._reach(*node, end), self._login)
+        try:
+            if self._clustered is None:
+                (info,) = opened.ask(end, ("INFO", "cluster"))
+                self._clustered = b"cluster_enabled:1" in info
+            if not self._clustered:
+                self._note_redis_head(opened, end, newest)
+            elif self._start is None:
+                self._note_cluster(opened, end, node)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def _note_redis_head(self, opened: _RedisNode, end: float, newest: int) -> None:
+        (head,) = opened.ask(end, ("GET", _REDIS_HEAD))
+        # A head that is lower than before was restored from a disk; later ids are still
+        # higher, by the clock. Without any, nothing was put yet: all will be new.
+        known = max(newest, self._start or 0)
+        self._note_head(max(_redis_id(head), known) if head else 0, newest)
+
+    def _note_cluster(self, opened: _RedisNode, end: float, node: _Node) -> None:
+        slots, time_ = opened.ask(end, ("CLUSTER", "SLOTS"), ("TIME",))
+        nodes = [n for part in slots for n in _redis_nodes(part, node)]
+        self._nodes = list(dict.fromkeys([*self._nodes, *nodes]))
+        self._note_head(((_redis_milliseconds(time_) + 1) << _REDIS_ID_BITS) - 1, 0)
+        # Puts of this millisecond may have gone before or not. Once it has passed, all
+        # that are still to come get higher ids.
+        time.sleep(0.002)
+
+    def _ask(
+        self, link: _RedisLink, node: _Node, end: float, *commands: _Command
+    ) -> list[Any]:
+        try:
+            return link.ask(node, end, *commands)
+        except OSError:
+            with self._lock:  # the next attempt begins with another node, if there is
+                self._homes = {s: n for s, n in self._homes.items() if n != node}
+                self._nodes = [*(n for n in self._nodes if n != node), node]
+            raise
+
+    def _exchange(
+        self, key: bytes, lane: _Lane, commands: list[_Command], end: float
+    ) -> list[Any]:
+        return lane.talk(partial(self._ask_home, key, commands, end), end)
+
+    def _ask_home(
+        self, key: bytes, commands: list[_Command], end: float, link: _RedisLink
+    ) -> list[Any]:
+        """The replies of the node that has the key."""
+        slot = binascii.crc_hqx(key[1 : key.index(b"}")], 0) % 16384
+        node = self._homes.get(slot, self._nodes[0])
+        asking: list[_Command] = []
+        while True:
+            try:
+                return self._ask(link, node, end, *asking, *commands)[len(asking) :]
+            except _Redirection as to:
+                node, asking = to.node, [] if to.moved else [("ASKING",)]
+                if to.moved:
+                    self._homes[slot] = node
+
+    # Putting and reading
+
+    def _put(self, topic: str, msgs: Iterable[str]) -> None:
+        key = _redis_key(topic)
+        self._check_usable()
+        room_bytes = self._max_frame_bytes
+        for load in list(_loads(msgs, room_bytes, str.encode, _REDIS_MESSAGE_BYTES)):
+            make, send = partial(self._put_command, key, load), self._exchange
+            self._call(_numbered_put(make, partial(send, key)))
+
+    def _put_command(
+        self, key: bytes, load: list[bytes], client: str, sequence: int
+    ) -> list[_Command]:
+        keys = [key, key + client.encode(), *([] if self._clustered else [_REDIS_HEAD])]
+        # As long as this call may send it again.
+        remembered = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
+        times = [int(s * 1000) for s in (self._time_to_live, remembered)]
+        return [("EVAL", _REDIS_PUT, len(keys), *keys, sequence, *times, *load)]
+
+    def _read(self, topic: str, after: int, limit: int, wait: float) -> _Messages:
+        key = _redis_key(topic)
+        count = min(limit, _REDIS_READ_MESSAGES)
+        begun = 0.0
+
+        def exchange(lane: _Lane, end: float) -> list[Any]:
+            nonlocal begun
+            begun = time.monotonic()
+            seconds = min(wait, (end - begun) / 2, MAX_WAIT_SECONDS)
+            milliseconds = max(int(seconds * 1000), 1)  # 0 would be for ever
+            block = ("BLOCK", milliseconds) if wait else ()
+            last = ("STREAMS", key, _redis_id_text(after))
+            read = ("XREAD", "COUNT", count, *block, *last)
+            return self._exchange(key, lane, [read, ("TIME",)], end)
+
+        while True:
+            streams, time_ = self._call(exchange)
+            rows = streams[0][1] if streams else []
+            now = time.monotonic() if wait else begun
+            messages, oldest = self._live(rows, time_, now)
+            if messages[0] or not rows:
+                return messages
+            after = oldest - 1  # all of these have expired; there may be others behind
+
+    def _read_latest(self, topic: str, after: int) -> _Messages:
+        key = _redis_key(topic)
+        begin = b"(" + _redis_id_text(after)
+        commands = [("XREVRANGE", key, "+", begin, "COUNT", 1), ("TIME",)]
+        rows, time_ = self._call(lambda n, end: self._exchange(key, n, commands, end))
+        return self._live(rows, time_, time.monotonic())[0]
+
+    def _live(
+        self, rows: list[Any], time_: list[bytes], now: float
+    ) -> tuple[_Messages, int]:
+        """The messages that have not expired, and the least id of such, by the clock of
+        the server that gave the ids."""
+        oldest = _redis_milliseconds(time_) - int(self._time_to_live * 1000) + 1
+        ids = [_redis_id(id_) for id_, _ in rows]
+        expired = bisect.bisect_left(ids, oldest << _REDIS_ID_BITS)
+        texts = [fields[1].decode(errors="replace") for _, fields in rows[expired:]]
+        ids = ids[expired:]
+        left = ((ids[0] >> _REDIS_ID_BITS) - oldest) / 1000 if ids else 0.0
+        return (ids, texts, now + left), oldest << _REDIS_ID_BITS
+
+    # The servers themselves
+
+    def stats(self) -> dict[str, Any]:
+        """As of a dsmq server, over all nodes. `version` and `clients` are those of
+        Redis, `max_bytes` is its maxmemory, 0 for none. Looks at each of its keys."""
+
+        def ask_all(end: float, link: _RedisLink) -> list[dict[str, Any]]:
+            seed = self._nodes[0]
+            nodes = {seed}
+            if self._clustered:
+                (slots,) = self._ask(link, seed, end, ("CLUSTER", "SLOTS"))
+                nodes = {_redis_nodes(part, seed)[0] for part in slots}
+            asks = [partial(self._ask, link, node, end) for node in nodes]
+            return [_redis_stats(ask, self._time_to_live) for ask in asks]
+
+        parts = self._call(lambda lane, end: lane.talk(partial(ask_all, end), end))
+        topics = {name: size for part in parts for name, size in part["topics"].items()}
+        return {
+            "version": parts[0]["version"],
+            "uptime": parts[0]["uptime"],
+            "clients": sum(part["clients"] for part in parts),
+            "messages": sum(topic["messages"] for topic in topics.values()),
+            "bytes": sum(topic["bytes"] for topic in topics.values()),
+            "time_to_live": self._time_to_live,
+            "max_bytes": sum(part["max_bytes"] for part in parts),
+            "topics": topics,
+        }
+
+    def shutdown_server(self) -> None:
+        """Raises DSMQError: others may be using the Redis."""
+        raise DSMQError("a Redis is not stopped by its clients")
+
+
+def _parsed_redis_url(url: str) -> tuple[str, _Node, dict[str, Any]]:
+    """Scheme, host and port, and what is needed to log in."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.query or parts.fragment:
+            raise ValueError
+        node = parts.hostname or DEFAULT_HOST, parts.port or 6379
+        database = int(parts.path.strip("/") or 0)
+    except ValueError:  # whose text may show a part of the password
+        text = "a Redis URL is redis://[user:password@]host[:port][/database]"
+        raise ValueError(
+            f"{text}, with any /?#@ in a password as %2F and so on"
+        ) from None
+    user, password = (
+        urllib.parse.unquote(text or "") or None
+        for text in (parts.username, parts.password)
     )
+    return parts.scheme, node, {"db": database, "username": user, "password": password}
+
+
+def _redis_key(topic: str) -> bytes:
+    return _REDIS_STREAM % _checked_topic(topic).encode()
+
+
+def _redis_id(text: bytes) -> int:
+    milliseconds, number = text.split(b"-")
+    return int(milliseconds) << _REDIS_ID_BITS | int(number)
+
+
+def _redis_id_text(id_: int) -> bytes:
+    return b"%d-%d" % (id_ >> _REDIS_ID_BITS, id_ & ((1 << _REDIS_ID_BITS) - 1))
+
+
+def _redis_milliseconds(time_: list[bytes]) -> int:
+    return int(time_[0]) * 1000 + int(time_[1]) // 1000
+
+
+def _redis_nodes(part: list[Any], asked: _Node) -> list[_Node]:
+    """The nodes that have a part of the slots, the one that takes puts first."""
+    return [((host or b"").decode() or asked[0], port) for host, port, *_ in part[2:]]
+
+
+def _redis_stats(ask: Callable[..., list[Any]], time_to_live: float) -> dict[str, Any]:
+    """What one node holds."""
+    text, time_ = ask(("INFO",), ("TIME",))
+    info = dict(re.findall(r"^(\w+):(.*)\r$", text.decode(), re.MULTILINE))
+    oldest = _redis_milliseconds(time_) - int(time_to_live * 1000) + 1
+    topics, cursor = {}, b""
+    while cursor != b"0":
+        only = ("MATCH", _REDIS_STREAM % b"*", "COUNT", 1000, "TYPE", "stream")
+        ((cursor, keys),) = ask(("SCAN", cursor or b"0", *only))
+        for key in keys:
+            # As at a put: what has expired is not counted, nor kept.
+            trim = ("XTRIM", key, "MINID", oldest)
+            _, messages, size = ask(trim, ("XLEN", key), ("MEMORY", "USAGE", key))
+            if messages:
+                topic = key[len(b"{dsmq:") : -1].decode(errors="replace")
+                topics[topic] = {"messages": messages, "bytes": size}
+    return {
+        "version": info["redis_version"],
+        "uptime": float(info["uptime_in_seconds"]),
+        "clients": int(info["connected_clients"]),
+        "max_bytes": int(info["maxmemory"]),
+        "topics": topics,
+    }
 
 
 # ---------------------------------------------------------------------- command line
