@@ -180,7 +180,7 @@ def _shown(value: object) -> str:
 # ---------------------------------------------------------------------------- frames
 
 _HEADER = struct.Struct(">I")
-_CONTROL_CHARACTERS = bytes(range(32))
+_ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -188,20 +188,17 @@ def encode_text(text: str) -> bytes:
     """`text` as UTF-8 JSON. Raises UnicodeEncodeError for a lone surrogate."""
     if len(text) > LONG_TEXT_BYTES:
         raw = text.encode()
-        # json looks at each character twice; four passes in C over bytes that need no
-        # escape take a quarter of that (0.25 ms instead of 1 ms for 500 kB).
-        if (
-            b'"' not in raw
-            and b"\\" not in raw
-            and len(raw.translate(None, _CONTROL_CHARACTERS)) == len(raw)
-        ):
+        # json looks at each character twice; to look for each byte that needs an escape
+        # takes a seventh of that (0.16 ms instead of 1.1 ms for 500 kB).
+        if not any(map(raw.__contains__, _ESCAPED)):
             return b'"%b"' % raw
     return json.encoder.encode_basestring(text).encode()
 
 
-def encode_frame(body: bytes) -> bytes:
-    """A frame around `body`: header and body together, for one send and one packet."""
-    return _HEADER.pack(len(body)) + body
+def encode_frame(*body: bytes) -> bytes:
+    """A frame around a body, which may come in parts: header and body together, for one
+    send and one packet. A long part is copied once."""
+    return b"".join((_HEADER.pack(sum(map(len, body))), *body))
 
 
 def encode_object(fields: dict[str, Any]) -> bytes:
@@ -1000,13 +997,11 @@ def _messages_reply(batch: Batch) -> bytes:
     """The reply to a get: put together from bodies encoded when they were put."""
     if not batch.ids:
         return _NO_MESSAGES
+    ids = ",".join(map(str, batch.ids)).encode()
     return encode_frame(
-        b'{"messages":[%b],"ids":[%b],"expires":%.6f}'
-        % (
-            b",".join(batch.bodies),
-            ",".join(map(str, batch.ids)).encode(),
-            batch.expires_seconds,
-        )
+        b'{"messages":[',
+        b",".join(batch.bodies),
+        b'],"ids":[%b],"expires":%.6f}' % (ids, batch.expires_seconds),
     )
 
 
@@ -1460,11 +1455,11 @@ class _Lane:
 
 
 def _put_frame(name: bytes, load: list[bytes], client: str, sequence: int) -> bytes:
-    return encode_frame(
-        b'{"action":"put","client":"%b","sequence":%d,"settled":%d,'
-        b'"topic":%b,"messages":[%b]}'
-        % (client.encode(), sequence, sequence - 1, name, b",".join(load))
+    head = (
+        b'{"action":"put","client":"%b","sequence":%d,"settled":%d,"topic":%b,"messages":['
+        % (client.encode(), sequence, sequence - 1, name)
     )
+    return encode_frame(head, b",".join(load), b"]}")
 
 
 def _numbered_put(
