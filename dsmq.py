@@ -142,6 +142,7 @@ READ_AHEAD_BYTES = 1 << 20  # ... and once it is known
 IDLE_RECEIVE_BYTES = 4096  # a thread's buffer while it waits for a peer to speak
 RECEIVE_BYTES = 1 << 18  # and while a long frame arrives
 LONG_TEXT_BYTES = 4096  # above it the quick way to encode pays
+KEPT_BYTES = 2 << 20  # of freed memory is worth keeping for the next long message
 
 # ---------------------------------------------------------------------------- errors
 
@@ -228,6 +229,14 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FrameError(f"a frame must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def _keep_freed_memory() -> None:
+    """Halves the time of long messages where malloc is glibc's: it gives blocks as long
+    as they are back to the system at once, and getting them again costs a page fault
+    for each 4 kB, until it has seen a longer one come and go. No page of this one is
+    ever touched. Elsewhere it does nothing."""
+    bytearray(KEPT_BYTES)
 
 
 class FrameSocket:
@@ -1302,6 +1311,7 @@ def serve(
         context.load_cert_chain(certfile, keyfile)
     elif keyfile is not None:
         raise ValueError("a keyfile needs a certfile")
+    _keep_freed_memory()
     with (
         contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
         _listening(
@@ -1575,6 +1585,7 @@ class DSMQClientSideConnection:
         self._max_frame_bytes = MAX_FRAME_BYTES
         self._cursors: dict[str, _ReadAhead] = {}
         self._begin()
+        _keep_freed_memory()
         if verbose:
             _show_log()
             _log.info("connecting to %s:%s", host, port)
