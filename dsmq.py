@@ -256,6 +256,7 @@ class FrameSocket:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         sock.settimeout(STALL_SECONDS)
+        self._timeout = STALL_SECONDS  # in force
         self.sock = sock
         self.max_frame_bytes = max_frame_bytes
         self._unread = b""
@@ -265,15 +266,24 @@ class FrameSocket:
             remaining = end - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError("timed out")
-            self.sock.settimeout(min(remaining, LONGEST_SECONDS))
+            # To set it is a system call; one a little longer than need be will do.
+            if not remaining <= self._timeout <= 1.02 * remaining:
+                self._timeout = min(1.01 * remaining, LONGEST_SECONDS)
+                self.sock.settimeout(self._timeout)
+
+    def relax(self) -> None:
+        """From here on there is no `end` any more."""
+        self._timeout = STALL_SECONDS
+        self.sock.settimeout(STALL_SECONDS)
 
     def send(self, frame: bytes, end: float | None = None) -> None:
         """Sends it all. socket.sendall would allow STALL_SECONDS for the whole frame,
         which a long one over a slow line may need, as long as it moves."""
-        view = memoryview(frame)
-        while view:
+        self._limit_to(end)
+        sent = self.sock.send(frame)
+        while sent < len(frame):
             self._limit_to(end)
-            view = view[self.sock.send(view) :]
+            sent += self.sock.send(memoryview(frame)[sent:])
 
     def receive(self, end: float | None = None) -> bytes | bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
@@ -1112,7 +1122,7 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _Refusal("authentication", "that proof is wrong")
         self._trusted, self._end = True, None
         self.request.max_frame_bytes = self.server.max_frame_bytes
-        self.request.sock.settimeout(STALL_SECONDS)
+        self.request.relax()
         return encode_object({"head": self.server.store.head})
 
     def _put(self, request: dict[str, Any]) -> bytes:
