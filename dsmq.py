@@ -25,7 +25,8 @@ Wire protocol, version 1
     table in README.
 
 Threads and locks
-    Server: a thread accepts, one thread serves each connection, a timer thread purges.
+    Server: a thread accepts, one thread serves each connection, a timer thread purges,
+    and one answers readers of whom several waited for the same message.
     `MessageStore._lock` guards all stored state, and is never held while sending,
     receiving, encoding or decoding. `_Server._gate` guards the set of connections.
     Client: each call borrows a connection of its own for as long as it lasts, so calls
@@ -378,6 +379,11 @@ class Waiter:
         self.rest = b""
         self.woken = threading.Lock()
         self.woken.acquire()
+
+    def answer(self, reply: bytes) -> None:
+        """Sent before the waiting thread is awake, as far as the peer takes it."""
+        self.rest = self.push(reply)
+        self.woken.release()
 
 
 class _Topic:
@@ -854,6 +860,8 @@ class _Server(socketserver.ThreadingTCPServer):
         # Guards `connections`; notified when one has gone.
         self._gate = threading.Condition()
         self.connections: set[_Connection] = set()
+        # Readers that waited for the same put, for the thread that answers them.
+        self._crowds: queue.SimpleQueue[list[Waiter]] = queue.SimpleQueue()
         self._refusing = False  # so that a flood is logged once
         # Given up for a moment to accept, and turn away, a client when no more
         # descriptors can be had.
@@ -869,6 +877,10 @@ class _Server(socketserver.ThreadingTCPServer):
         """Serves until stopped, then closes."""
         timer = threading.Thread(target=self._purge, name="dsmq purge", daemon=True)
         timer.start()
+        crowds = threading.Thread(
+            target=self._deliver_to_crowds, name="dsmq crowds", daemon=True
+        )
+        crowds.start()
         try:
             self.serve_forever(POLL_SECONDS)
         except KeyboardInterrupt:
@@ -877,6 +889,7 @@ class _Server(socketserver.ThreadingTCPServer):
             self.stopping.set()
             timer.join()  # a step of the purge at most
             self.close()
+            crowds.join(CLOSE_SECONDS)
 
     def stop(self) -> None:
         """Ends `run` from another thread; returns when the port is free."""
@@ -890,6 +903,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.server_close()
         self.stopping.set()
         self.store.close()
+        self._crowds.put([])
         with self._gate:
             for how in (socket.SHUT_RD, socket.SHUT_RDWR):
                 for connection in self.connections:
@@ -992,20 +1006,35 @@ class _Server(socketserver.ThreadingTCPServer):
         _log.exception("a fault while serving %s", request.peer)
 
     def deliver(self, batch: Batch, waiters: list[Waiter]) -> None:
-        """Answers waiting readers, in the putter's thread: a reply that many of them
-        get is encoded once, and sent before their threads are awake."""
-        replies: dict[tuple[int, int, int], bytes] = {}
+        """Answers the readers that waited for what was put. A single one at once, in
+        the putter's thread; a crowd would hold up the putter, 30 us for each."""
+        if len(waiters) > 1:
+            self._crowds.put(waiters)
+            return
         for waiter in waiters:
             start = bisect.bisect_right(batch.ids, waiter.after)
-            key = start, waiter.limit, waiter.room_bytes
-            if key not in replies:
-                rows = zip(batch.ids[start:], batch.bodies[start:], repeat(0.0))
-                ids, bodies, _ = _gather(rows, waiter.limit, waiter.room_bytes)
-                part = Batch(ids, bodies, batch.expires_seconds)
-                replies[key] = _messages_reply(part)
-            waiter.rest = waiter.push(replies[key])
+            rows = zip(batch.ids[start:], batch.bodies[start:], repeat(0.0))
+            ids, bodies, _ = _gather(rows, waiter.limit, waiter.room_bytes)
+            waiter.answer(_messages_reply(Batch(ids, bodies, batch.expires_seconds)))
+
+    def _deliver_to_crowds(self) -> None:
+        """The thread that answers crowds, until it gets an empty one."""
+        while waiters := self._crowds.get():
+            self._answer_crowd(waiters)
+
+    def _answer_crowd(self, waiters: list[Waiter]) -> None:
+        """Readers at the same place get the same reply, found and encoded once; with it
+        come the messages put since they were woken."""
+        place, reply = None, b""
         for waiter in waiters:
-            waiter.woken.release()
+            wanted = waiter.topic, waiter.after, waiter.limit, waiter.room_bytes
+            if wanted != place:
+                try:
+                    reply = _messages_reply(self.store.get(*wanted))
+                except (MemoryError, ConnectionAbortedError):
+                    reply = _NO_MESSAGES  # the reader will ask again, or the server stops
+                place = wanted
+            waiter.answer(reply)
 
 
 def _address(address: Any) -> str:
