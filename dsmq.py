@@ -1032,7 +1032,9 @@ class _Server(socketserver.ThreadingTCPServer):
                 try:
                     reply = _messages_reply(self.store.get(*wanted))
                 except (MemoryError, ConnectionAbortedError):
-                    reply = _NO_MESSAGES  # the reader will ask again, or the server stops
+                    reply = (
+                        _NO_MESSAGES  # the reader will ask again, or the server stops
+                    )
                 place = wanted
             waiter.answer(reply)
 

@@ -1582,7 +1582,7 @@ def test_a_forgotten_client_leaves_nothing_behind(server: Server) -> None:
         del mq
     gc.collect()
     eventually(lambda: not server.inner.connections)
-    eventually(lambda: threading.active_count() == threads)
+    eventually(lambda: threading.active_count() <= threads)
 
 
 # ------------------------------------------------------------- threads and processes
