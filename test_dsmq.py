@@ -1575,6 +1575,7 @@ def test_a_client_is_a_context_manager(connect: Connect) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_forgotten_client_leaves_nothing_behind(server: Server) -> None:
+    dsmq.connect("127.0.0.1", server.port).close()  # all of the server's are there now
     threads = threading.active_count()
     for _ in range(20):
         mq = dsmq.connect("127.0.0.1", server.port)
