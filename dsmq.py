@@ -2718,6 +2718,107 @@ def _run_shutdown(options: argparse.Namespace) -> None:
         mq.shutdown_server()
 
 
+def _run_bench(options: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    private = options.host is None and options.port is None
+    options.host = options.host or DEFAULT_HOST
+    options.port = options.port or (_free_port() if private else DEFAULT_PORT)
+    if private:
+        options.secret_file, options.tls = None, None
+        os.environ.pop("DSMQ_SECRET", None)
+        context.Process(target=serve, args=(options.host, options.port)).start()
+    figures: dict[str, float] = {}
+    with _connected_client(options) as mq:
+        try:
+            for name, figure in _bench(mq, context, options.count):
+                print(f"{name} ...", file=sys.stderr)
+                figures[name] = figure()
+        finally:
+            if private:
+                mq.shutdown_server()
+    if options.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:<40} {value:10,.1f}")
+
+
+def _bench(
+    mq: DSMQClientSideConnection, context: Any, count: int
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """What to measure, in microseconds unless the name says otherwise."""
+    topic = f"bench {secrets.token_hex(4)} "
+    long, few, batch = "x" * 500_000, max(count // 20, 1), ["x"] * 100
+
+    def each(times: int, call: Callable[[], object], share: int = 1) -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - begin) / times / share * 1e6
+
+    yield "put", lambda: each(count, lambda: mq.put(topic + "a", "x"))
+    yield "get, something there", lambda: each(count, lambda: mq.get(topic + "a"))
+    yield "get, nothing there", lambda: each(count, lambda: mq.get(topic + "a"))
+    put_many = partial(mq.put_many, topic + "b", batch)
+    yield "put_many of 100, a message", lambda: each(few, put_many, 100)
+    get_many = partial(mq.get_many, topic + "b", 100)
+    yield "get_many of 100, a message", lambda: each(few, get_many, 100)
+    yield "put, 500 kB", lambda: each(few, lambda: mq.put(topic + "c", long))
+    yield "get, 500 kB", lambda: each(few, lambda: mq.get(topic + "c"))
+    trips = partial(_bench_trips, mq, context, topic, max(count // 4, 1))
+    yield "one way to another process, median", trips
+    fan_out = partial(_bench_fan_out, mq, context, topic, count)
+    yield "1 writer, 4 readers, deliveries/s", fan_out
+
+
+def _bench_trips(
+    mq: DSMQClientSideConnection, context: Any, topic: str, trips: int
+) -> float:
+    echo = context.Process(target=_bench_echo, args=(mq, topic, trips), daemon=True)
+    echo.start()
+    mq.get_wait(topic + "pong")  # it is there
+    times = []
+    for _ in range(trips):
+        begin = time.perf_counter()
+        mq.put(topic + "ping", "x")
+        mq.get_wait(topic + "pong")
+        times.append((time.perf_counter() - begin) / 2 * 1e6)
+    echo.join()
+    return sorted(times)[trips // 2]
+
+
+def _bench_echo(mq: DSMQClientSideConnection, topic: str, trips: int) -> None:
+    mq.put(topic + "pong", "ready")
+    for _ in range(trips):
+        mq.get_wait(topic + "ping")
+        mq.put(topic + "pong", "x")
+
+
+def _bench_fan_out(
+    mq: DSMQClientSideConnection, context: Any, topic: str, count: int
+) -> float:
+    readers = [
+        context.Process(target=_bench_read, args=(mq, topic, count), daemon=True)
+        for _ in range(4)
+    ]
+    for reader in readers:
+        reader.start()
+    for _ in readers:
+        mq.get_wait(topic + "ready")
+    begin = time.perf_counter()
+    for _ in range(count):
+        mq.put(topic + "fan", "x")
+    for reader in readers:
+        reader.join()
+    return len(readers) * count / (time.perf_counter() - begin)
+
+
+def _bench_read(mq: DSMQClientSideConnection, topic: str, count: int) -> None:
+    mq.put(topic + "ready", "x")
+    for _ in range(count):
+        mq.get_wait(topic + "fan")
+
+
 def _connected_client(options: argparse.Namespace) -> DSMQClientSideConnection:
     return connect(
         options.host, options.port, secret=_secret(options), tls=options.tls or False
@@ -2732,6 +2833,22 @@ def _secret(options: argparse.Namespace) -> str | None:
         return file.read().rstrip("\r\n")
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return int(text)
+
+
+def _common_options() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--host", default=DEFAULT_HOST, help=f"default: {DEFAULT_HOST}; or redis://...")
+    add("--port", type=int, default=DEFAULT_PORT, help=f"default: {DEFAULT_PORT}")
+    text = "holds the shared secret; or else the environment variable DSMQ_SECRET"
+    add("--secret-file", metavar="FILE", help=text)
+    return common
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dsmq",
@@ -2740,70 +2857,95 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
     parser.set_defaults(run=lambda options: demo())
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--host", default=DEFAULT_HOST, help="default: %(default)s")
-    common.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="default: %(default)s"
-    )
-    common.add_argument(
-        "--secret-file",
-        metavar="FILE",
-        help="holds the shared secret; or else the environment variable DSMQ_SECRET",
-    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
+    for name, (run, text, example, add_options) in _COMMANDS.items():
+        example = f"example: dsmq {name} {example}".rstrip()
+        command = commands.add_parser(
             name,
             help=text,
             description=text,
-            epilog=f"example: dsmq {example}",
-            parents=[common],
+            epilog=example,
+            parents=[_common_options()],  # each its own, for bench changes the defaults
         )
-        added.set_defaults(run=run)
+        command.set_defaults(run=run)
         if run is not _run_serve:
-            added.add_argument(
-                "--tls",
-                nargs="?",
-                const=True,
-                metavar="PEM",
-                help="use TLS, trusting this certificate or else the system's",
+            text = "use TLS, trusting this certificate, or without one the system's"
+            command.add_argument(
+                "--tls", nargs="?", const=True, metavar="PEM", help=text
             )
-        return added
-
-    added = command("serve", _run_serve, "run a server", "serve --port 30008")
-    added.add_argument("--time-to-live", type=float, default=TIME_TO_LIVE_SECONDS)
-    added.add_argument("--max-bytes", type=int, default=MAX_BYTES)
-    added.add_argument("--max-frame-bytes", type=int, default=MAX_FRAME_BYTES)
-    added.add_argument("--max-clients", type=int, default=MAX_CLIENTS)
-    added.add_argument("--certfile", metavar="PEM", help="turns on TLS")
-    added.add_argument("--keyfile", metavar="PEM", help="if not in the certfile")
-
-    text = "put messages, or the lines of standard input, into a topic"
-    added = command("put", _run_put, text, "put greetings hello")
-    added.add_argument("topic", metavar="TOPIC")
-    added.add_argument("messages", metavar="MSG", nargs="*")
-
-    text = "print the messages of topics as they come"
-    added = command("watch", _run_watch, text, "watch greetings --count 1")
-    added.add_argument("topics", metavar="TOPIC", nargs="+")
-    added.add_argument(
-        "--count", type=int, default=sys.maxsize, metavar="N", help="end after so many"
-    )
-    added.add_argument(
-        "--timeout",
-        type=float,
-        default=math.inf,
-        metavar="S",
-        help="end when none came for so many seconds",
-    )
-
-    added = command("stats", _run_stats, "show what a server holds", "stats --json")
-    added.add_argument("--json", action="store_true")
-    command("shutdown", _run_shutdown, "stop a server", "shutdown --port 30008")
+        add_options(command)
     return parser
+
+
+def _serve_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--time-to-live", type=float, default=TIME_TO_LIVE_SECONDS, metavar="SECONDS")
+    add("--max-bytes", type=int, default=MAX_BYTES, metavar="N", help="of messages")
+    add("--max-frame-bytes", type=int, default=MAX_FRAME_BYTES, metavar="N")
+    add("--max-clients", type=int, default=MAX_CLIENTS, metavar="N")
+    add("--certfile", metavar="PEM", help="turns on TLS")
+    add("--keyfile", metavar="PEM", help="the key, if it is not in the certfile")
+
+
+def _put_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("topic", metavar="TOPIC")
+    text = "without any: the lines of standard input"
+    command.add_argument("messages", metavar="MSG", nargs="*", help=text)
+
+
+def _watch_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("topics", metavar="TOPIC", nargs="+")
+    text = "end after so many messages"
+    add("--count", type=_positive, default=sys.maxsize, metavar="N", help=text)
+    text = "end when none came for so many seconds"
+    add("--timeout", type=float, default=math.inf, metavar="S", help=text)
+
+
+def _stats_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="for programs to read")
+
+
+def _bench_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(host=None, port=None)
+    _stats_options(command)
+    text = "how many of the short operations"
+    command.add_argument(
+        "--count", type=_positive, default=2000, metavar="N", help=text
+    )
+
+
+def _no_options(command: argparse.ArgumentParser) -> None:
+    pass
+
+
+# What runs, what it does, an example's arguments, and what adds its options.
+_COMMANDS: dict[
+    str,
+    tuple[
+        Callable[[argparse.Namespace], None],
+        str,
+        str,
+        Callable[[argparse.ArgumentParser], None],
+    ],
+] = {
+    "serve": (_run_serve, "run a server", "--port 30008", _serve_options),
+    "put": (_run_put, "put messages into a topic", "greetings hello", _put_options),
+    "watch": (
+        _run_watch,
+        "print the messages of topics as they come",
+        "greetings --count 1",
+        _watch_options,
+    ),
+    "stats": (_run_stats, "show what a server holds", "--json", _stats_options),
+    "bench": (
+        _run_bench,
+        "measure a private server, or the one at --host and --port",
+        "--count 1000",
+        _bench_options,
+    ),
+    "shutdown": (_run_shutdown, "stop a server", "--port 30008", _no_options),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

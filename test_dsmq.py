@@ -2951,6 +2951,17 @@ def test_errors_are_one_line_and_a_status(
     assert status == 2 or done.stderr.count("\n") == 1
 
 
+def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> None:
+    done = dsmq_command("bench", "--count", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert len(figures) == 9 and all(f > 0 for f in figures.values())
+    assert server.store.stats()["messages"] == 0
+    done = dsmq_command("bench", "--count", "20", "--port", str(server.port))
+    assert done.stdout.count("\n") == 9 and done.stderr.count("...") == 9
+    assert server.store.stats()["messages"] > 100
+
+
 def test_an_empty_secret_in_the_environment_is_refused() -> None:
     done = dsmq_command("serve", "--port", "0", DSMQ_SECRET="")
     assert done.returncode == 1 and "secret must not be empty" in done.stderr
@@ -2959,7 +2970,7 @@ def test_an_empty_secret_in_the_environment_is_refused() -> None:
 def test_help_and_version() -> None:
     assert dsmq_command("--version").stdout == f"dsmq {dsmq.__version__}\n"
     assert "example: dsmq" in dsmq_command("--help").stdout
-    for name in ("serve", "put", "watch", "stats", "shutdown"):
+    for name in dsmq._COMMANDS:
         text = dsmq_command(name, "--help").stdout
         assert f"example: dsmq {name}" in text and "--secret-file" in text
 
