@@ -125,6 +125,7 @@ CLOSE_SECONDS = 0.3  # for connections to end by themselves when the server stop
 POLL_SECONDS = 0.1  # between looks whether the server should stop
 RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles
 MAX_RETRY_PAUSE_SECONDS = 0.25  # so a server started at the same moment is found soon
+CROWD_PAUSE_SECONDS = 0.001  # between replies to readers of whom several wait
 
 PURGE_SECONDS = 0.5  # between looks for expired messages
 PURGE_PAUSE_SECONDS = 0.001  # between steps, in which other threads get the lock
@@ -903,7 +904,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.server_close()
         self.stopping.set()
         self.store.close()
-        self._crowds.put([])
+        self._crowds.put([])  # wakes its thread, which then ends
         with self._gate:
             for how in (socket.SHUT_RD, socket.SHUT_RDWR):
                 for connection in self.connections:
@@ -1008,7 +1009,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def deliver(self, batch: Batch, waiters: list[Waiter]) -> None:
         """Answers the readers that waited for what was put. A single one at once, in
         the putter's thread; a crowd would hold up the putter, 30 us for each."""
-        if len(waiters) > 1:
+        if len(waiters) > 1 and not self.stopping.is_set():
             self._crowds.put(waiters)
             return
         for waiter in waiters:
@@ -1018,9 +1019,15 @@ class _Server(socketserver.ThreadingTCPServer):
             waiter.answer(_messages_reply(Batch(ids, bodies, batch.expires_seconds)))
 
     def _deliver_to_crowds(self) -> None:
-        """The thread that answers crowds, until it gets an empty one."""
-        while waiters := self._crowds.get():
+        """The thread that answers crowds, until the server stops."""
+        while not self.stopping.is_set():
+            waiters = self._crowds.get()
+            while not self._crowds.empty():
+                waiters += self._crowds.get()
             self._answer_crowd(waiters)
+            # The first message after a silence goes out at once. Of a stream of them
+            # each reader then gets a few at a time, which costs all much less.
+            time.sleep(CROWD_PAUSE_SECONDS)
 
     def _answer_crowd(self, waiters: list[Waiter]) -> None:
         """Readers at the same place get the same reply, found and encoded once; with it
