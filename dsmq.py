@@ -1108,8 +1108,10 @@ class _Handler(socketserver.BaseRequestHandler):
                 return
             reply = self._answer(decode_object(body))
             del body  # a long one must not stay while the thread waits for the next
-            if reply:
+            # A short reply needs no wait for room, nor, before it, a look for some.
+            if reply and (reply := self.request.push(reply)):
                 self.request.send(reply)
+            del reply  # nor must this
 
     def _answer(self, request: dict[str, Any]) -> bytes:
         """The reply's frame, or what is left of it to send."""
