@@ -238,9 +238,12 @@ class Proxy:
                 sink.sendall(data)
         except OSError:
             pass  # the other direction was cut
+        budget.append(math.nan)  # this direction has ended
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+            if len(budget) == 4:  # and the other one too
+                sock.close()
 
     def cut_latest_after(self, way: int, count: int) -> None:
         """Cuts the newest connection after so many more bytes up (0) or down (1)."""
