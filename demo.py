@@ -41,13 +41,15 @@ def get_greetings(name: str) -> None:
 
 
 def main() -> None:
-    server = multiprocessing.Process(target=serve, args=(HOST, PORT))
+    # A daemon ends with this process, however that ends.
+    server = multiprocessing.Process(target=serve, args=(HOST, PORT), daemon=True)
     server.start()
     mq = connect(HOST, PORT)  # waits until the server is there
     say(f"server: started on {HOST}, port {PORT}")
 
     getters = [
-        multiprocessing.Process(target=get_greetings, args=(name,)) for name in "AB"
+        multiprocessing.Process(target=get_greetings, args=(name,), daemon=True)
+        for name in "AB"
     ]
     for getter in getters:
         getter.start()

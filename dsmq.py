@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 __all__ = [
     "AuthenticationError",
@@ -81,11 +81,13 @@ __version__ = "2.0.0"
 
 # Programs written for the original say `from dsmq.server import serve` and
 # `from dsmq.client import connect`; both names are this module.
-server = client = sys.modules[__name__]
-sys.modules[f"{__name__}.server"] = sys.modules[f"{__name__}.client"] = server
+if __name__ in sys.modules:  # not when some tool runs the file without importing it
+    server = client = sys.modules[__name__]
+    sys.modules[f"{__name__}.server"] = sys.modules[f"{__name__}.client"] = server
 
 _T = TypeVar("_T")
 _Messages = tuple[list[int], list[str], float]  # ids, texts, when the first expires
+_Bytes = bytes | memoryview
 _Row = tuple[int, int, float, bytes]  # id, topic's key, when it was put, body
 
 _log = logging.getLogger("dsmq")
@@ -98,9 +100,11 @@ DEFAULT_PORT = 30008
 PROTOCOL = 1
 
 TIME_TO_LIVE_SECONDS = 600.0
+MAX_TIME_TO_LIVE_SECONDS = 1e9  # as good as for ever, and JSON can say it
 MAX_BYTES = 1 << 30  # memory of stored messages: what a small machine can spare
 MAX_FRAME_BYTES = 16 << 20  # a request or reply: an image fits, a film does not
 MIN_FRAME_BYTES = 1000  # below it the server's own replies and errors do not fit
+MAX_PUT_MESSAGES = 100_000  # stored in one go, in which others wait: 0.2 s
 MAX_CLIENTS = 10_000  # connections, a thread each
 MAX_TOPIC_CHARACTERS = 1000
 MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
@@ -127,6 +131,7 @@ RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles
 MAX_RETRY_PAUSE_SECONDS = 0.25  # so a server started at the same moment is found soon
 CROWD_PAUSE_SECONDS = 0.001  # between replies to readers of whom several wait
 
+PEER_LOG_LINES = 10  # a second, of what peers do wrong
 PURGE_SECONDS = 0.5  # between looks for expired messages
 PURGE_PAUSE_SECONDS = 0.001  # between steps, in which other threads get the lock
 STEP_MESSAGES = 500  # handled in one hold of the store's lock: about a millisecond
@@ -175,6 +180,8 @@ class _Refusal(Exception):
 
 def _shown(value: object) -> str:
     """A value as an error message shows it: one line of bounded length, in ASCII."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
     text = repr(value[:60] if isinstance(value, (str, bytes)) else value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text.encode("ascii", "backslashreplace").decode()
@@ -257,9 +264,11 @@ class FrameSocket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A peer whose machine vanished never says so; keepalive finds out.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if hasattr(socket, "TCP_KEEPIDLE"):  # elsewhere the system's two hours hold
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # Linux, Windows; macOS
+            if hasattr(socket, name):  # elsewhere the system's two hours hold
+                option = getattr(socket, name)
+                sock.setsockopt(socket.IPPROTO_TCP, option, KEEPALIVE_SECONDS)
+                break
         sock.settimeout(STALL_SECONDS)
         self._timeout = STALL_SECONDS  # in force
         self.sock = sock
@@ -281,7 +290,7 @@ class FrameSocket:
         self._timeout = STALL_SECONDS
         self.sock.settimeout(STALL_SECONDS)
 
-    def send(self, frame: bytes, end: float | None = None) -> None:
+    def send(self, frame: _Bytes, end: float | None = None) -> None:
         """Sends it all. socket.sendall would allow STALL_SECONDS for the whole frame,
         which a long one over a slow line may need, as long as it moves."""
         self._limit_to(end)
@@ -373,14 +382,14 @@ class Waiter:
         after: int,
         limit: int,
         room_bytes: int,
-        push: Callable[[bytes], bytes],
+        push: Callable[[_Bytes], _Bytes],
     ) -> None:
         self.topic = topic
         self.after = after
         self.limit = limit
         self.room_bytes = room_bytes
         self.push = push
-        self.rest = b""
+        self.rest: _Bytes = b""
         self.woken = threading.Lock()
         self.woken.acquire()
 
@@ -471,6 +480,7 @@ class MessageStore:
         self._topics: dict[str, _Topic] = {}
         self._topics_by_key: dict[int, _Topic] = {}
         self._last_key = 0
+        self._name_bytes = 0  # of all topics
         self._recent: OrderedDict[str, _RecentPuts] = OrderedDict()  # by client
         self._closed = False
 
@@ -564,11 +574,14 @@ class MessageStore:
             self._forget_if_unused(entry)
 
     def _enter(self, entry: _Topic) -> None:
-        self._last_key = max(self._last_key, entry.key)
+        if entry.key > self._last_key:
+            self._last_key = entry.key
+            self._name_bytes += len(entry.name)
         self._topics[entry.name] = self._topics_by_key[entry.key] = entry
 
     def _forget_if_unused(self, entry: _Topic) -> None:
         if not entry.messages and not entry.waiters:
+            self._name_bytes -= len(entry.name)
             del self._topics[entry.name], self._topics_by_key[entry.key]
 
     def _known_head(self, origin: Origin | None) -> int | None:
@@ -749,18 +762,20 @@ class MessageStore:
             self._db = new
         old.close()  # takes a while, without the lock
 
-    def stats(self) -> dict[str, Any]:
-        """Counts of messages and bytes, in all and by topic."""
+    def stats(self, room_bytes: int = 1 << 30) -> dict[str, Any]:
+        """Counts of messages and bytes, in all and, if their names fit, by topic."""
         with self._lock:
+            stats: dict[str, Any] = {
+                "messages": self._head - self._purged,
+                "bytes": self._bytes,
+                "time_to_live": self.time_to_live,
+                "max_bytes": self.max_bytes,
+            }
+            if self._name_bytes > room_bytes:
+                return {**stats, "topics": {}, "topics_left_out": len(self._topics)}
             topics = [(t.name, t.messages, t.bytes) for t in self._topics.values()]
-            messages, bytes_ = self._head - self._purged, self._bytes
-        return {
-            "messages": messages,
-            "bytes": bytes_,
-            "time_to_live": self.time_to_live,
-            "max_bytes": self.max_bytes,
-            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics if m},
-        }
+        sizes = {n: {"messages": m, "bytes": b} for n, m, b in topics if m}
+        return {**stats, "topics": sizes}
 
     def close(self) -> None:
         """Wakes every waiter and frees the messages; may be called again."""
@@ -799,10 +814,12 @@ class _Connection(FrameSocket):
         self._at_once = socket.socket(family, kind, proto, self.sock.fileno())
         self._at_once.setblocking(False)
 
-    def push(self, frame: bytes) -> bytes:
+    def push(self, frame: _Bytes) -> _Bytes:
         """Sends as much as the peer takes without waiting; gives the rest."""
         try:
-            return frame[self._at_once.send(frame) :] if self._at_once else frame
+            sent = self._at_once.send(frame) if self._at_once else 0
+            # No copy: of a long reply each of many readers may have a rest.
+            return memoryview(frame)[sent:] if sent < len(frame) else b""
         except OSError:  # full, or broken: the connection's own thread will see to it
             return frame
 
@@ -867,14 +884,17 @@ class _Server(socketserver.ThreadingTCPServer):
         # Readers that waited for the same put, for the thread that answers them.
         self._crowds: queue.SimpleQueue[list[Waiter]] = queue.SimpleQueue()
         self._refusing = False  # so that a flood is logged once
+        self._noted = 0, 0  # a second, and the lines logged in it
         # Given up for a moment to accept, and turn away, a client when no more
         # descriptors can be had.
         self._spare: socket.socket | None = None
-        family, *_, address = socket.getaddrinfo(
+        found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        )
+        # Of the addresses of a name the IPv4 one, as it is clients' default.
+        family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)
         self.address_family = family
-        super().__init__((str(address[0]), int(address[1])), _Handler)
+        super().__init__(cast(Any, address), _Handler)
         self._spare = socket.socket()
 
     def run(self) -> None:
@@ -1005,6 +1025,16 @@ class _Server(socketserver.ThreadingTCPServer):
         request.close()
         self._gone(request)
 
+    def note(self, level: int, text: str, *values: object) -> None:
+        """Logs what a peer did, ten times a second at most: a hostile one must not fill
+        the disk."""
+        second = int(time.monotonic())
+        if second != self._noted[0]:
+            self._noted = second, 0
+        self._noted = second, self._noted[1] + 1
+        if self._noted[1] <= PEER_LOG_LINES:
+            _log.log(level, text, *values)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A peer cannot cause this; a fault of ours ends one connection, and is told.
         _log.exception("a fault while serving %s", request.peer)
@@ -1092,10 +1122,10 @@ class _Handler(socketserver.BaseRequestHandler):
                 self.request.max_frame_bytes = UNTRUSTED_FRAME_BYTES
             self._converse()
         except FrameError as error:
-            _log.info("closing %s: %s", self.request.peer, error)
+            self.server.note(logging.INFO, "closing %s: %s", self.request.peer, error)
             self._say_goodbye("bad_frame", str(error))
         except OSError as error:  # vanished, stalled, does not read, or speaks no TLS
-            _log.info("closing %s: %s", self.request.peer, error)
+            self.server.note(logging.INFO, "closing %s: %s", self.request.peer, error)
 
     def _say_goodbye(self, code: str, text: str) -> None:
         try:
@@ -1117,7 +1147,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 self.request.send(reply)
             del reply  # nor must this
 
-    def _answer(self, request: dict[str, Any]) -> bytes:
+    def _answer(self, request: dict[str, Any]) -> _Bytes:
         """The reply's frame, or what is left of it to send."""
         try:
             action = request.get("action")
@@ -1162,7 +1192,8 @@ class _Handler(socketserver.BaseRequestHandler):
             and expected
             and hmac.compare_digest(proof.encode(errors="replace"), expected.encode())
         ):
-            _log.warning("%s does not know the secret", self.request.peer)
+            text = "%s does not know the secret"
+            self.server.note(logging.WARNING, text, self.request.peer)
             raise _Refusal("authentication", "that proof is wrong")
         self._trusted, self._end = True, None
         self.request.max_frame_bytes = self.server.max_frame_bytes
@@ -1175,6 +1206,9 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _Refusal(
                 "bad_request", "messages must be a list of texts, one or more"
             )
+        if len(messages) > MAX_PUT_MESSAGES:
+            text = f"{len(messages)} messages; the limit is {MAX_PUT_MESSAGES}"
+            raise _Refusal("too_large", text)
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         # A frame without escapes carries its texts as they are stored.
         encode = _quoted if self._plain else encode_text
@@ -1190,7 +1224,7 @@ class _Handler(socketserver.BaseRequestHandler):
             self.server.deliver(batch, waiters)
         return encode_frame(b'{"head":%d}' % head)
 
-    def _get(self, request: dict[str, Any]) -> bytes:
+    def _get(self, request: dict[str, Any]) -> _Bytes:
         topic, after = _topic(request), _integer(request, "after")
         limit = _integer(request, "limit", 1)
         if limit < 1:
@@ -1204,7 +1238,7 @@ class _Handler(socketserver.BaseRequestHandler):
         batch = self.server.store.get(topic, after, limit, room_bytes, waiter)
         return _messages_reply(batch) if batch.ids else self._wait(waiter, seconds)
 
-    def _wait(self, waiter: Waiter, seconds: float) -> bytes:
+    def _wait(self, waiter: Waiter, seconds: float) -> _Bytes:
         end = time.monotonic() + seconds
         while (remaining := end - time.monotonic()) > 0:
             if waiter.woken.acquire(timeout=min(remaining, VANISHED_CHECK_SECONDS)):
@@ -1227,12 +1261,12 @@ class _Handler(socketserver.BaseRequestHandler):
             "version": __version__,
             "uptime": time.monotonic() - self.server.started,
             "clients": len(self.server.connections),
-            **self.server.store.stats(),
+            **self.server.store.stats(self.server.max_frame_bytes),
         }
         reply = encode_object(stats)
         if len(reply) > self.server.max_frame_bytes:
-            stats["topics_left_out"] = len(stats.pop("topics"))
-            reply = encode_object({**stats, "topics": {}})
+            left_out = len(stats["topics"])
+            reply = encode_object({**stats, "topics": {}, "topics_left_out": left_out})
         return reply
 
     def _shutdown(self, request: dict[str, Any]) -> bytes:
@@ -1241,7 +1275,7 @@ class _Handler(socketserver.BaseRequestHandler):
         return encode_object({})
 
     # README's table tells the fields and replies.
-    ACTIONS: ClassVar[dict[str, Callable[[_Handler, dict[str, Any]], bytes]]] = {
+    ACTIONS: ClassVar[dict[str, Callable[[_Handler, dict[str, Any]], _Bytes]]] = {
         "hello": _hello,
         "authenticate": _authenticate,
         "put": _put,
@@ -1295,6 +1329,7 @@ def _name(request: dict[str, Any], field: str) -> str | None:
             f"{field} must be a text of 1 to {MAX_NAME_CHARACTERS} characters,"
             f" not {_shown(value)}",
         )
+    _body(value, MAX_FRAME_BYTES)
     return value
 
 
@@ -1356,9 +1391,9 @@ def serve(
     that is wrong. Can be the target of a multiprocessing.Process.
     """
     _check_address(host, port)
-    _check_number("time_to_live", time_to_live, 0.001, math.inf)
+    _check_number("time_to_live", time_to_live, 0.001, MAX_TIME_TO_LIVE_SECONDS)
     _check_number("max_bytes", max_bytes, 1, MAX_INTEGER, whole=True)
-    limit = (1 << 32) - 1  # the header's
+    limit = 1_000_000_000  # what SQLite takes in one value; the header could say more
     _check_number(
         "max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, limit, whole=True
     )
@@ -1430,22 +1465,32 @@ def _check_secret(secret: object) -> None:
         raise TypeError(f"secret must be a str, not a {type(secret).__name__}")
     if secret == "":
         raise ValueError("secret must not be empty: it would keep nobody out")
+    if secret is not None:
+        try:
+            secret.encode()
+        except UnicodeEncodeError:
+            raise ValueError("secret must be text that UTF-8 can carry") from None
 
 
 # ---------------------------------------------------------------------------- client
 
 _forks = 0  # how many forks lie between this process and the one that imported dsmq
-_fork_lock = threading.Lock()  # lets one thread of a forked process tidy a client
+_fork_lock = threading.RLock()  # lets one thread of a forked process tidy a client
 
 
 def _count_fork() -> None:
     global _forks, _fork_lock
     _forks += 1
-    _fork_lock = threading.Lock()  # the old one may be held by a thread left behind
+    _fork_lock = threading.RLock()  # the old one may be held by a thread left behind
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_count_fork)
+
+
+class _Busy(ConnectionRefusedError):
+    """The server is there, but has no room for one more client."""
+
 
 # What a refusal by the server becomes in the client; DSMQError if not listed. A busy
 # server is tried again, like one that is not there yet.
@@ -1453,7 +1498,7 @@ _EXCEPTIONS: dict[str, type[Exception]] = {
     "full": QueueFull,
     "authentication": AuthenticationError,
     "too_large": ValueError,
-    "busy": ConnectionRefusedError,
+    "busy": _Busy,
 }
 
 
@@ -1474,7 +1519,7 @@ class _Lane:
     so the server can tell a put sent again from a new one.
     """
 
-    def __init__(self, dial: Callable[[float], Any]) -> None:
+    def __init__(self, dial: Callable[[_Lane, float], Any]) -> None:
         self.name = secrets.token_hex(16)
         self.sequence = 0
         self._dial = dial
@@ -1491,7 +1536,7 @@ class _Lane:
     def connect(self, end: float) -> Any:
         if self._ready is None:
             self.drop()
-            self._ready = self._dial(end)
+            self._ready = self._dial(self, end)
         return self._ready
 
     def talk(self, work: Callable[[Any], _T], end: float) -> _T:
@@ -1510,6 +1555,10 @@ class _Lane:
             return frames.receive(end)
 
         return _reply(self.talk(ask, end))
+
+    def hold(self, connection: Any) -> None:
+        """One that is not ready yet, so that `shut` ends what makes it so."""
+        self._talking = connection
 
     def shut(self) -> None:
         """Ends the call under way, from another thread."""
@@ -1533,6 +1582,10 @@ def _put_frame(name: bytes, load: list[bytes], client: str, sequence: int) -> by
         % (client.encode(), sequence, sequence - 1, name)
     )
     return encode_frame(head, b",".join(load), b"]}")
+
+
+def _stored(lane: _Lane, request: bytes, end: float) -> int:
+    return _reply_integer(lane.exchange(request, end), "head")
 
 
 def _numbered_put(
@@ -1639,6 +1692,8 @@ class DSMQClientSideConnection:
         _check_secret(secret)
         if not isinstance(tls, (bool, str, os.PathLike)):
             raise TypeError(f"tls must be a bool or a path, not {_shown(tls)}")
+        if tls == "":
+            raise ValueError("tls must not be an empty path: it would say nothing")
         self._host, self._port = host, port
         self._timeout = float(timeout)
         self._secret = secret
@@ -1657,8 +1712,8 @@ class DSMQClientSideConnection:
     def _begin(self) -> None:
         """What belongs to one process, and is made anew in another."""
         # Guards the attributes below, `_start` and `_cursors`; never held while talking
-        # to the server.
-        self._lock = threading.Lock()
+        # to the server. Reentrant, because a signal handler may use the client, too.
+        self._lock = threading.RLock()
         self._lanes: set[_Lane] = set()  # all
         self._idle: list[_Lane] = []  # those no call is using
         self._born = _forks
@@ -1744,15 +1799,18 @@ class DSMQClientSideConnection:
             return TimeoutError(f"the {where} did not answer in {self._timeout:g} s")
         if isinstance(error, ConnectionError):
             return ConnectionError(f"the connection to the {where} was lost: {error}")
+        if isinstance(error, socket.gaierror):
+            text = f"no address for {_shown(self._host)}: {error.strerror}"
+            return socket.gaierror(error.errno, text)
         if isinstance(error, ssl.SSLError) and not isinstance(
             error, ssl.SSLCertVerificationError
         ):
             return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
         return error
 
-    def _dial(self, end: float) -> Any:
+    def _dial(self, lane: _Lane, end: float) -> Any:
         newest = self._newest()
-        frames = self._reach(self._host, self._port, end)
+        frames = self._reach(self._host, self._port, end, lane.hold)
         try:
             head = self._greet(frames, end)
             self._check_usable()  # another thread may have closed it meanwhile
@@ -1762,14 +1820,24 @@ class DSMQClientSideConnection:
         self._note_head(head, newest)
         return frames
 
-    def _reach(self, host: str, port: int, end: float) -> FrameSocket:
+    def _reach(
+        self, host: str, port: int, end: float, hold: Callable[[FrameSocket], object]
+    ) -> FrameSocket:
         sock = _connected(host, port, end)
+        frames = FrameSocket(sock, MAX_FRAME_BYTES)
         try:
-            if self._tls:
-                sock = _tls_context(self._tls).wrap_socket(sock, server_hostname=host)
-            return FrameSocket(sock, MAX_FRAME_BYTES)
+            if self._tls is not False:
+                frames.sock = _tls_context(self._tls).wrap_socket(
+                    sock, server_hostname=host, do_handshake_on_connect=False
+                )
+            hold(frames)
+            self._check_usable()
+            if isinstance(frames.sock, ssl.SSLSocket):
+                frames._limit_to(end)
+                frames.sock.do_handshake()
+            return frames
         except BaseException:
-            sock.close()
+            frames.close()
             raise
 
     def _newest(self) -> int:
@@ -1803,13 +1871,14 @@ class DSMQClientSideConnection:
             hello["nonce"] = nonce
         frames.send(encode_object(hello), end)
         reply = _reply(frames.receive(end))
-        limit = _reply_integer(reply, "max_frame_bytes")
+        limit = max(_reply_integer(reply, "max_frame_bytes"), MIN_FRAME_BYTES)
         if self._secret is not None:
-            challenge, proof = str(reply.get("challenge")), str(reply.get("proof"))
+            # In ASCII whatever they are, as those of an honest server are.
+            challenge, proof = (
+                ascii(reply.get(field)).strip("'") for field in ("challenge", "proof")
+            )
             expected = _proof(self._secret, "server", nonce, challenge)
-            if not hmac.compare_digest(
-                proof.encode(errors="replace"), expected.encode()
-            ):
+            if not hmac.compare_digest(proof, expected):
                 raise AuthenticationError("the server does not know the secret")
             answer = _proof(self._secret, "client", nonce, challenge)
             request = {"action": "authenticate", "proof": answer}
@@ -1828,8 +1897,8 @@ class DSMQClientSideConnection:
 
     def put_many(self, topic: str, msgs: Iterable[str]) -> None:
         """Puts them all, in order, or none: they share one request, and nobody else's
-        messages come between. Only where they are too long for one frame they go in
-        several, each of which is stored or not."""
+        messages come between. Only where they are too long for one frame, or more than
+        100,000, they go in several, each all or none."""
         if isinstance(msgs, str):
             raise TypeError("msgs must be several messages, not one str")
         self._put(topic, msgs)
@@ -1839,7 +1908,7 @@ class DSMQClientSideConnection:
         self._check_usable()
         room_bytes = self._max_frame_bytes - PUT_ENVELOPE_BYTES - len(name)
         for load in list(_loads(msgs, room_bytes)):  # all are checked before one goes
-            self._call(_numbered_put(partial(_put_frame, name, load), _Lane.exchange))
+            self._call(_numbered_put(partial(_put_frame, name, load), _stored))
 
     # Reading
 
@@ -1884,12 +1953,14 @@ class DSMQClientSideConnection:
         _check_number("limit", limit, 1, MAX_INTEGER, whole=True)
         _checked_topic(topic)
         self._check_usable()
+        fetched = False
         while True:
             with self._lock:
-                ahead = self._ahead(topic)
+                ahead = self._ahead(topic, fetched)
                 missing = limit - (len(ahead.ids) - ahead.next)
             if missing <= 0 or not self._fetch(topic, 0.0, missing):
-                return self._take(topic, limit)
+                return self._take(topic, limit, fetched)
+            fetched = True
 
     def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
         """Iterates over the messages of `topic` as they come; ends when for `timeout`
@@ -1902,37 +1973,41 @@ class DSMQClientSideConnection:
         """The next message; waits for it up to so many seconds."""
         _checked_topic(topic)
         end = time.monotonic() + seconds
+        fetched = False
         while True:
-            messages = self._take(topic, 1)
+            messages = self._take(topic, 1, fetched)
             if messages:
                 return messages[0]
             wait = max(end - time.monotonic(), 0.0)
-            if not self._fetch(topic, wait) and time.monotonic() >= end:
+            fetched = self._fetch(topic, wait)
+            if not fetched and time.monotonic() >= end:
                 return None
 
-    def _ahead(self, topic: str) -> _ReadAhead:
+    def _ahead(self, topic: str, fetched: bool = True) -> _ReadAhead:
+        """Where the topic's reader stands. What was read ahead, and not only just now,
+        is dropped when it expires."""
         ahead = self._cursors.get(topic)
         if ahead is None:
-            ahead = _ReadAhead(self._start or 0, [], [], math.inf, READ_AHEAD_FIRST)
+            return _ReadAhead(self._start or 0, [], [], math.inf, READ_AHEAD_FIRST)
+        if not fetched and ahead.expires <= time.monotonic():
+            ahead = self._cursors[topic] = ahead.dropped()
         return ahead
 
-    def _take(self, topic: str, limit: int) -> list[str]:
+    def _take(self, topic: str, limit: int, fetched: bool) -> list[str]:
         """Hands out messages read ahead, up to `limit`."""
         self._check_usable()
         ahead, begin, end = None, 0, 0
         try:
             with self._lock:
-                ahead = self._cursors.get(topic)
-                if ahead is None or ahead.next == len(ahead.ids):
-                    return []
-                if ahead.expires <= time.monotonic():
-                    self._cursors[topic] = ahead.dropped()
-                    return []
-                begin = ahead.next
-                end = min(begin + limit, len(ahead.ids))
-                messages = ahead.messages[begin:end]
-                ahead.next = end
-                return messages
+                ahead = self._ahead(topic, fetched)
+                while ahead.next < len(ahead.ids):
+                    begin = ahead.next
+                    end = min(begin + limit, len(ahead.ids))
+                    messages = ahead.messages[begin:end]
+                    if ahead.next == begin:  # no signal handler has read meanwhile
+                        ahead.next = end
+                        return messages
+                return []
         except BaseException:
             # Interrupted after the cursor moved: the caller never gets them, so they
             # are still to be handed out.
@@ -1959,7 +2034,7 @@ class DSMQClientSideConnection:
         name = encode_text(topic)
         begun = 0.0
 
-        def exchange(lane: _Lane, end: float) -> dict[str, Any]:
+        def exchange(lane: _Lane, end: float) -> _Messages:
             # Half of the time that is left, so that an answer that does not come is
             # told from one that comes late.
             nonlocal begun, limit
@@ -1972,11 +2047,11 @@ class DSMQClientSideConnection:
                 b'{"action":"get","topic":%b,"after":%d,"limit":%d,"wait":%.6f}'
                 % (name, after, limit, seconds)
             )
-            return lane.exchange(encode_frame(request), end)
+            reply = lane.exchange(encode_frame(request), end)
+            # The messages' age is known as of some moment since the request was sent.
+            return _reply_messages(reply, after, time.monotonic() if wait else begun)
 
-        reply = self._call(exchange)
-        # The messages' age is known as of some moment since the request was sent.
-        return _reply_messages(reply, time.monotonic() if wait else begun)
+        return self._call(exchange)
 
     def _read_latest(self, topic: str, after: int) -> _Messages:
         """The newest message after an id."""
@@ -1984,8 +2059,11 @@ class DSMQClientSideConnection:
             b'{"action":"get_latest","topic":%b,"after":%d}'
             % (encode_text(topic), after)
         )
-        reply = self._call(lambda lane, end: lane.exchange(request, end))
-        return _reply_messages(reply, time.monotonic())
+
+        def exchange(lane: _Lane, end: float) -> _Messages:
+            return _reply_messages(lane.exchange(request, end), after, time.monotonic())
+
+        return self._call(exchange)
 
     # The server itself
 
@@ -1994,16 +2072,30 @@ class DSMQClientSideConnection:
         `bytes` of memory they take, `time_to_live`, `max_bytes`, and of `topics` each
         one's `messages` and `bytes`."""
         request = encode_object({"action": "stats"})
-        return self._call(lambda lane, end: lane.exchange(request, end))
+
+        def exchange(lane: _Lane, end: float) -> dict[str, Any]:
+            reply = lane.exchange(request, end)
+            _reply_integer(reply, "messages")
+            return reply
+
+        return self._call(exchange)
 
     def shutdown_server(self) -> None:
         """Stops the server. When this returns it takes no more connections."""
+        asked = False
 
         def exchange(lane: _Lane, end: float) -> None:
-            lane.connect(end)
-            # Without an answer it is going down already, if not by our doing.
-            with contextlib.suppress(ConnectionError):
-                lane.exchange(encode_object({"action": "shutdown"}), end)
+            nonlocal asked
+            try:
+                lane.connect(end)
+            except _Busy:
+                raise
+            except ConnectionRefusedError:
+                if asked:
+                    return  # the answer was lost, but now nobody listens there
+                raise
+            asked = True
+            lane.exchange(encode_object({"action": "shutdown"}), end)
 
         self._call(exchange)
 
@@ -2039,7 +2131,10 @@ def _connected(host: str, port: int, end: float) -> socket.socket:
     remaining = end - time.monotonic()
     if remaining <= 0:
         raise TimeoutError("timed out")
-    sock = socket.create_connection((host, port), min(remaining, LONGEST_SECONDS))
+    try:
+        sock = socket.create_connection((host, port), min(remaining, LONGEST_SECONDS))
+    except UnicodeError as error:  # of the encoding of names
+        raise ValueError(f"host {_shown(host)} cannot be a name: {error}") from None
     # Asking again and again for a port of this machine that nobody listens on may end
     # in a socket connected to itself, when the system picks that port for our end.
     if sock.getsockname() == sock.getpeername():
@@ -2069,16 +2164,16 @@ def _reply_integer(reply: dict[str, Any], field: str) -> int:
     return value
 
 
-def _reply_messages(reply: dict[str, Any], now: float) -> _Messages:
+def _reply_messages(reply: dict[str, Any], after: int, now: float) -> _Messages:
     ids, texts = reply.get("ids"), reply.get("messages")
-    expires = reply.get("expires", 0.0)
+    expires = reply.get("expires", 0)
     if (
         isinstance(ids, list)
         and isinstance(texts, list)
         and len(ids) == len(texts)
         and {*map(type, ids)} <= {int}
         and {*map(type, texts)} <= {str}
-        and sorted(ids) == ids
+        and [after, *ids] == sorted({after, *ids})  # each above the one before
         and type(expires) in (int, float)
     ):
         return ids, texts, now + expires
@@ -2127,7 +2222,8 @@ def _loads(
                 f"the message {_shown(msg)} takes {len(body)} bytes, but"
                 f" {room_bytes} fit into a frame of the server"
             )
-        if load and load_bytes + len(body) + each_bytes > room_bytes:
+        full = load_bytes + len(body) + each_bytes > room_bytes
+        if load and (full or len(load) >= MAX_PUT_MESSAGES):
             yield load
             load, load_bytes = [], 0
         load.append(body)
@@ -2368,15 +2464,16 @@ class _RedisConnection(DSMQClientSideConnection):
 
     # Reaching the servers
 
-    def _dial(self, end: float) -> Any:
+    def _dial(self, lane: _Lane, end: float) -> Any:
         link = _RedisLink(self._open)
+        lane.hold(link)
         if self._start is None:  # connecting; later ones are opened as they are needed
             self._ask(link, self._nodes[0], end)
         return link
 
     def _open(self, node: _Node, end: float) -> _RedisNode:
         newest = self._newest()
-        opened = _RedisNode(node, self._reach(*node, end), self._login)
+        opened = _RedisNode(node, self._reach(*node, end, id), self._login)
         try:
             if self._clustered is None:
                 (info,) = opened.ask(end, ("INFO", "cluster"))
@@ -2607,12 +2704,15 @@ def demo() -> None:
     """A server, a putter and two getters that each receive everything."""
     context = multiprocessing.get_context("spawn")  # the same on every system
     port = _free_port()
-    processes = [context.Process(target=serve, args=(DEFAULT_HOST, port))]
+    # Daemons, so that they end with the demo, however it ends.
+    arguments = DEFAULT_HOST, port
+    processes = [context.Process(target=serve, args=arguments, daemon=True)]
     processes[0].start()
     with connect(port=port) as mq:
         _say(f"server:   listening on {DEFAULT_HOST}:{port}")
         for name in "AB":
-            processes.append(context.Process(target=_demo_getter, args=(port, name)))
+            getter = partial(_demo_getter, port, name)
+            processes.append(context.Process(target=getter, daemon=True))
             processes[-1].start()
             _say(f"getter {mq.get_wait('ready')}: connected")
         for text in ("Hello, world", "Part mail room,", "part bulletin board.", "Bye"):
@@ -2627,7 +2727,7 @@ def demo() -> None:
 
 
 def _demo_getter(port: int, name: str) -> None:
-    with connect(port=port) as mq:
+    with contextlib.suppress(BrokenPipeError), connect(port=port) as mq:
         mq.put("ready", name)
         for text in mq.listen("greetings", timeout=5):
             _say(f"getter {name}: got {text!r}")
@@ -2666,41 +2766,57 @@ def _run_serve(options: argparse.Namespace) -> None:
 def _run_put(options: argparse.Namespace) -> None:
     with _connected_client(options) as mq:
         if options.messages:
-            mq.put_many(options.topic, options.messages)
+            mq.put_many(_argument(options.topic), map(_argument, options.messages))
             return
         stored = 0
         try:
             for lines in _stdin_lines():
-                mq.put_many(options.topic, lines)
+                mq.put_many(_argument(options.topic), lines)
                 stored += len(lines)
         except (OSError, DSMQError, ValueError) as error:
             raise DSMQError(f"stopped after {stored} lines: {error}") from error
 
 
+def _argument(text: str) -> str:
+    """An argument as the UTF-8 it was typed in, whatever the locale made of it."""
+    return os.fsencode(text).decode()
+
+
 def _stdin_lines() -> Iterator[list[str]]:
     """The lines of standard input, as many at a time as have come."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
     rest = b""
     while chunk := os.read(sys.stdin.fileno(), RECEIVE_BYTES):
-        *lines, rest = (rest + chunk).split(os.linesep.encode())
+        *lines, rest = (rest + chunk).split(b"\n")
         if len(rest) > MAX_FRAME_BYTES:
             raise ValueError(f"a line longer than {MAX_FRAME_BYTES} bytes")
         if lines:
-            yield [line.decode() for line in lines]
+            yield [_line(line) for line in lines]
     if rest:
-        yield [rest.decode()]
+        yield [_line(rest)]
+
+
+def _line(line: bytes) -> str:
+    return (line.removesuffix(b"\r") if os.name == "nt" else line).decode()
 
 
 def _run_watch(options: argparse.Namespace) -> None:
+    _check_number("timeout", options.timeout, 0, math.inf)
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
     messages: queue.Queue[str | Exception] = queue.Queue(STEP_MESSAGES)
     with _connected_client(options) as mq:
         for topic in options.topics:
-            arguments = mq, topic, messages
+            arguments = mq, _checked_topic(_argument(topic)), messages
             threading.Thread(target=_follow, args=arguments, daemon=True).start()
         left = options.count
         while left > 0:
             try:
                 message = messages.get(timeout=min(options.timeout, LONGEST_SECONDS))
             except queue.Empty:
+                if options.timeout > LONGEST_SECONDS:
+                    continue
                 return
             if isinstance(message, Exception):
                 raise message
@@ -2853,9 +2969,8 @@ def _bench_read(mq: DSMQClientSideConnection, topic: str, count: int) -> None:
 
 
 def _connected_client(options: argparse.Namespace) -> DSMQClientSideConnection:
-    return connect(
-        options.host, options.port, secret=_secret(options), tls=options.tls or False
-    )
+    tls = False if options.tls is None else options.tls
+    return connect(options.host, options.port, secret=_secret(options), tls=tls)
 
 
 def _secret(options: argparse.Namespace) -> str | None:
@@ -2986,7 +3101,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is when it was closed from the start
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT  # as a shell tells it
     except BrokenPipeError:
