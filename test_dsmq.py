@@ -1553,7 +1553,7 @@ def test_get_wait_wakes_within_milliseconds(connect: Connect) -> None:
     putter, getter = connect(), connect()
     delays = []
     with ThreadPoolExecutor(1) as pool:
-        for _ in range(20):
+        for _ in range(11):
             waiting = pool.submit(
                 lambda: (getter.get_wait("t", 20), time.monotonic())[1]
             )
@@ -1561,7 +1561,7 @@ def test_get_wait_wakes_within_milliseconds(connect: Connect) -> None:
             begin = time.monotonic()
             putter.put("t", "x")
             delays.append(waiting.result(PATIENCE_SECONDS) - begin)
-    assert sorted(delays)[10] < 0.05, delays  # polling would show
+    assert sorted(delays)[5] < 0.05, delays  # polling would show
 
 
 @everywhere
@@ -1641,8 +1641,8 @@ def test_a_step_of_the_wall_clock_changes_nothing(
         putter.put("t", str(step))
         assert getter.get("t") == str(step)
         begin = time.monotonic()
-        assert getter.get_wait("t", 0.1) == ""
-        assert 0.1 <= time.monotonic() - begin < 1
+        assert getter.get_wait("t", 0.05) == ""
+        assert 0.05 <= time.monotonic() - begin < 1
     assert putter.get_many("t") == ["0", "86400", "-86400"]
 
 
@@ -1856,7 +1856,7 @@ def test_each_message_goes_to_exactly_one_of_a_clients_threads(
         lambda: getter.get_many("t", 7),
     ]
     done = threading.Event()
-    total = 3000 if connect.engine == "dsmq" else 1000  # the readers hold up the putter
+    total = 1000
 
     def read(number: int) -> list[str]:
         got: list[str] = []
@@ -2476,7 +2476,7 @@ def test_an_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(
     got: list[str] = []
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + 1.0
         while time.monotonic() < end and len(got) < total:
             if name == "get_latest":
                 putter.put("t", str(next(numbers)))
@@ -2683,12 +2683,13 @@ def test_clients_that_come_and_go_leave_nothing_behind(connect: Connect) -> None
         return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
     clients = 3 if connect.engine == "cluster" else 1  # its connections to each node
-    cycle(50)
+    rounds = CYCLES if connect.engine == "dsmq" else CYCLES // 5
+    cycle(rounds // 5)
     threads, files = threading.active_count(), descriptors()
     tracemalloc.start()
     cycle(10)
     before = tracemalloc.get_traced_memory()[0]
-    cycle(CYCLES if connect.engine == "dsmq" else CYCLES // 3)
+    cycle(rounds)
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
@@ -2782,6 +2783,7 @@ def test_a_peer_without_the_secret_is_logged_kept_short_and_dropped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(dsmq, "LINGER_SECONDS", 0.1)
     server = start_server(secret="s")
     with pytest.raises(AuthenticationError):
         connect(server.port, secret="wrong")
@@ -2936,7 +2938,7 @@ def test_shutdown_answers_wakes_everyone_frees_the_port_and_returns_soon(
     server = start_server()
     mq, others = (
         connect(server.port),
-        [connect(server.port, timeout=1) for _ in range(5)],
+        [connect(server.port, timeout=0.5) for _ in range(5)],
     )
     with ThreadPoolExecutor(5) as pool:
         waiting = [pool.submit(other.get_wait, "t", math.inf) for other in others]
@@ -3281,7 +3283,7 @@ def test_a_silent_redis_is_a_timeout_in_every_call(
 ) -> None:
     nodes = request.getfixturevalue(connect.engine)
     clients = [connect(timeout=0.3) for _ in SILENT_CALLS[:-1]]
-    waiter = connect(timeout=0.6)
+    waiter = connect(timeout=0.3)
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as pauses:
         waiting = pool.submit(waiter.get_wait, "t", math.inf)
         time.sleep(0.1)
