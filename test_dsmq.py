@@ -3278,6 +3278,19 @@ def test_messages_that_redis_restored_are_not_read_twice(
     assert getter.get_many("t") == ["4"]
 
 
+def test_all_is_new_in_a_redis_that_lost_everything_though_its_clock_is_behind(
+    redis: Redis, connect: Connect
+) -> None:
+    ahead = int(time.time() * 1000) + 3_600_000
+    redis.cli("set", "dsmq:head", f"{ahead}-7")
+    getter = connect(redis.url)
+    redis.flush()
+    redis.cli("client", "kill", "type", "normal")
+    assert getter.get("t") == ""
+    connect(redis.url).put("t", "new")
+    assert getter.get("t") == "new"
+
+
 @needs_signals
 @past_one_machine
 def test_a_silent_redis_is_a_timeout_in_every_call(
@@ -3465,7 +3478,7 @@ def test_a_topic_that_moves_to_another_node_loses_and_repeats_nothing(
     putter, getter = connect(cluster[0].url), connect(cluster[0].url)
     putter.put("t", "0")
     assert getter.get("t") == "0"
-    waiter = connect(cluster[0].url)
+    waiter, late = connect(cluster[0].url), connect(cluster[0].url)
     slot = cluster[0].cli("cluster", "keyslot", "{dsmq:t}")
     old = cluster_owner(cluster, "t")
     new = next(node for node in cluster if node is not old)
@@ -3492,6 +3505,7 @@ def test_a_topic_that_moves_to_another_node_loses_and_repeats_nothing(
             while keys := old.cli("cluster", "getkeysinslot", slot, "100"):
                 to = (HOST, str(new.port), "", "0", "5000", "keys", *keys.split("\n"))
                 old.cli("migrate", *to)
+            assert late.get_latest("t") != ""  # the old node says whom to ask
             for node in (new, old, *cluster):
                 node.cli("cluster", "setslot", slot, "node", new_id)
             time.sleep(0.1)
