@@ -62,6 +62,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -1072,9 +1073,8 @@ class _Server(socketserver.ThreadingTCPServer):
                 try:
                     reply = _messages_reply(self.store.get(*wanted))
                 except (MemoryError, ConnectionAbortedError):
-                    reply = (
-                        _NO_MESSAGES  # the reader will ask again, or the server stops
-                    )
+                    # The reader will ask again, or the server stops.
+                    reply = _NO_MESSAGES
                 place = wanted
             waiter.answer(reply)
 
@@ -1522,7 +1522,9 @@ class _Lane:
     def __init__(self, dial: Callable[[_Lane, float], Any]) -> None:
         self.name = secrets.token_hex(16)
         self.sequence = 0
-        self._dial = dial
+        # Weak, or client and lanes would keep each other alive, and the collector may
+        # come to a socket before it comes to the lane that would close it.
+        self._dial = weakref.WeakMethod(dial)
         # The connection, a FrameSocket or what another engine dials, is in one of
         # these. From before a request until its reply is in, it is not ready: wherever
         # an interrupt strikes, no later request can meet an earlier one's reply.
@@ -1536,7 +1538,9 @@ class _Lane:
     def connect(self, end: float) -> Any:
         if self._ready is None:
             self.drop()
-            self._ready = self._dial(self, end)
+            dial = self._dial()
+            assert dial is not None  # it is a method of the client that is calling
+            self._ready = dial(self, end)
         return self._ready
 
     def talk(self, work: Callable[[Any], _T], end: float) -> _T:
@@ -2268,6 +2272,7 @@ _REDIS_HEAD = b"dsmq:head"
 _REDIS_STREAM = b"{dsmq:%b}"
 _REDIS_READ_MESSAGES = 100  # in one reply, which Redis cannot bound in bytes
 _REDIS_MESSAGE_BYTES = 72  # that a message takes in a request beside its text, at most
+_REDIS_REDIRECTIONS = 8  # followed at once; one more is tried again after a pause
 _REDIS_ID_BITS = 64  # here an id is milliseconds << 64 | number: in order like Redis's
 
 # Stores messages, all or none. KEYS: the stream, the client's last put and, unless in a
@@ -2526,13 +2531,14 @@ class _RedisConnection(DSMQClientSideConnection):
         slot = binascii.crc_hqx(key[1 : key.index(b"}")], 0) % 16384
         node = self._homes.get(slot, self._nodes[0])
         asking: list[_Command] = []
-        while True:
+        for _ in range(_REDIS_REDIRECTIONS):
             try:
                 return self._ask(link, node, end, *asking, *commands)[len(asking) :]
             except _Redirection as to:
                 node, asking = to.node, [] if to.moved else [("ASKING",)]
                 if to.moved:
                     self._homes[slot] = node
+        raise ConnectionError("the nodes of the cluster point at each other")
 
     # Putting and reading
 
@@ -2559,7 +2565,9 @@ class _RedisConnection(DSMQClientSideConnection):
         begun = 0.0
 
         def exchange(lane: _Lane, end: float) -> list[Any]:
-            nonlocal begun
+            nonlocal begun, count
+            if begun:  # a line that breaks now and then may never carry a long reply
+                count = max(count // 2, 1)
             begun = time.monotonic()
             seconds = min(wait, (end - begun) / 2, MAX_WAIT_SECONDS)
             milliseconds = max(int(seconds * 1000), 1)  # 0 would be for ever
@@ -2627,6 +2635,7 @@ class _RedisConnection(DSMQClientSideConnection):
 
     def shutdown_server(self) -> None:
         """Raises DSMQError: others may be using the Redis."""
+        self._check_usable()
         raise DSMQError("a Redis is not stopped by its clients")
 
 

@@ -17,6 +17,7 @@ import pathlib
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1852,9 +1853,8 @@ def test_a_closed_client_raises_and_may_be_closed_again(connect: Connect) -> Non
         lambda: mq.get_many("t"),
         lambda: next(mq.listen("t")),
         mq.stats,
+        mq.shutdown_server,
     ]
-    if connect.engine == "dsmq":
-        calls.append(mq.shutdown_server)
     for call in calls:
         with within(1), pytest.raises(ConnectionError, match="closed"):
             call()
@@ -3947,7 +3947,8 @@ def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> Non
 
 @needs_signals
 def test_closed_standard_streams_cause_no_traceback(server: Server) -> None:
-    line = f"{sys.executable} {HERE / 'dsmq.py'} %s --port {server.port} %s"
+    program = shlex.join([sys.executable, str(HERE / "dsmq.py")])
+    line = f"{program} %s --port {server.port} %s"
     for command, closed, status in (
         ("put t x", ">&-", 0),
         ("stats", ">&-", 0),
@@ -3967,7 +3968,7 @@ def test_closed_standard_streams_cause_no_traceback(server: Server) -> None:
 @pytest.mark.parametrize("path", ["dsmq.py", "demo.py"])
 def test_a_demo_whose_reader_has_enough_ends(path: str) -> None:
     done = subprocess.run(
-        ["sh", "-c", f"{sys.executable} {HERE / path} | head -n 1"],
+        ["sh", "-c", shlex.join([sys.executable, str(HERE / path)]) + " | head -n 1"],
         capture_output=True,
         timeout=PATIENCE_SECONDS,
     )
