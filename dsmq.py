@@ -21,17 +21,27 @@ Wire protocol, version 1
     A frame is a 4-byte unsigned big-endian length and that many bytes of UTF-8 JSON,
     always an object. One reply a request, in order, on each connection. Unknown fields
     are ignored. A reply with `error` (text) and `code` refuses the request and changes
-    nothing. The actions, their fields and replies stand at `_Handler.ACTIONS`, and as a
-    table in README.
+    nothing. README has the details.
+
+    hello         protocol, nonce            -> protocol, max_frame_bytes, head (or with
+                                                a secret challenge, proof and no head)
+    authenticate  proof                      -> head
+    put           topic, messages, client, sequence, settled      -> head
+    get           topic, after, limit, wait  -> messages, ids, expires
+    get_latest    topic, after               -> messages, ids, expires
+    stats                                    -> what the client's `stats` gives
+    shutdown
 
 Threads and locks
     Server: a thread accepts, one thread serves each connection, a timer thread purges,
     and one answers readers of whom several waited for the same message.
     `MessageStore._lock` guards all stored state, and is never held while sending,
     receiving, encoding or decoding. `_Server._gate` guards the set of connections.
+    `Waiter.woken` is the lock on which a connection's thread waits for a put.
     Client: each call borrows a connection of its own for as long as it lasts, so calls
     in several threads do not wait for each other; `DSMQClientSideConnection._lock`
-    guards cursors and idle connections, for moments only.
+    guards cursors and idle connections, for moments only. `_fork_lock` lets one thread
+    of a forked process tidy what it inherited.
 """
 
 from __future__ import annotations
@@ -66,7 +76,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -104,6 +113,7 @@ TIME_TO_LIVE_SECONDS = 600.0
 MAX_TIME_TO_LIVE_SECONDS = 1e9  # as good as for ever, and JSON can say it
 MAX_BYTES = 1 << 30  # memory of stored messages: what a small machine can spare
 MAX_FRAME_BYTES = 16 << 20  # a request or reply: an image fits, a film does not
+MAX_VALUE_BYTES = 1_000_000_000  # SQLite's limit; the header could say more
 MIN_FRAME_BYTES = 1000  # below it the server's own replies and errors do not fit
 MAX_PUT_MESSAGES = 100_000  # stored in one go, in which others wait: 0.2 s
 MAX_CLIENTS = 10_000  # connections, a thread each
@@ -112,6 +122,7 @@ MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
 MAX_NAME_CHARACTERS = 256  # of a `client` or `nonce` field, which the server keeps
 ENVELOPE_BYTES = 128  # of a reply around its messages and ids
 PUT_ENVELOPE_BYTES = 180  # of a client's put around its topic and messages
+STATS_TOPIC_BYTES = 31  # of a topic in the stats beside its name, at least
 ID_BYTES = 20  # of an id in a reply, at most
 # What a stored message takes in memory beside its text (row, index; measured 65 to 75
 # bytes), and what a topic takes beside its name: both count towards max_bytes, so that
@@ -148,6 +159,7 @@ READ_AHEAD_MESSAGES = 1000  # one request's worth of messages at most, ...
 READ_AHEAD_FIRST = 10  # ... while their size is unknown, ...
 READ_AHEAD_BYTES = 1 << 20  # ... and once it is known
 IDLE_RECEIVE_BYTES = 4096  # a thread's buffer while it waits for a peer to speak
+SEND_BYTES = 1 << 18  # given to the system at a time
 RECEIVE_BYTES = 1 << 18  # and while a long frame arrives
 LONG_TEXT_BYTES = 4096  # above it the quick way to encode pays
 KEPT_BYTES = 2 << 20  # of freed memory is worth keeping for the next long message
@@ -158,9 +170,14 @@ KEPT_BYTES = 2 << 20  # of freed memory is worth keeping for the next long messa
 class DSMQError(Exception):
     """The root of dsmq's own errors: the server refused, for the reason it names."""
 
+    code = "stale"  # in the reply to the client
+
 
 class QueueFull(DSMQError):
-    """The server's memory limit, `max_bytes`, is reached; nothing was stored."""
+    """The server's memory limit, `max_bytes`, is reached; nothing of the request that
+    met it was stored."""
+
+    code = "full"
 
 
 class AuthenticationError(DSMQError):
@@ -186,6 +203,41 @@ def _shown(value: object) -> str:
     text = repr(value[:60] if isinstance(value, (str, bytes)) else value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text.encode("ascii", "backslashreplace").decode()
+
+
+# What an argument must be. Each raises TypeError or ValueError, naming the value.
+
+
+def _check_address(host: object, port: object) -> None:
+    if not isinstance(host, str):
+        raise TypeError(f"host must be a str, not {_shown(host)}")
+    _check_number("port", port, 0, 65535, whole=True)
+
+
+def _check_number(
+    name: str, value: object, least: float, most: float, whole: bool = False
+) -> None:
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kind = "an int" if whole else "a number"
+        raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
+    # Not a number fails this, as does an integer too large for a float.
+    if not least <= value <= most or (
+        not whole and math.inf > value > sys.float_info.max
+    ):
+        raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
+
+
+def _check_secret(secret: object) -> None:
+    if secret is not None and not isinstance(secret, str):
+        raise TypeError(f"secret must be a str, not a {type(secret).__name__}")
+    if secret == "":
+        raise ValueError("secret must not be empty: it would keep nobody out")
+    if secret is not None:
+        try:
+            secret.encode()
+        except UnicodeEncodeError:
+            raise ValueError("secret must be text that UTF-8 can carry") from None
 
 
 # ---------------------------------------------------------------------------- frames
@@ -276,7 +328,7 @@ class FrameSocket:
         self.max_frame_bytes = max_frame_bytes
         self._unread = b""
 
-    def _limit_to(self, end: float | None) -> None:
+    def limit_to(self, end: float | None) -> None:
         if end is not None:
             remaining = end - time.monotonic()
             if remaining <= 0:
@@ -294,11 +346,12 @@ class FrameSocket:
     def send(self, frame: _Bytes, end: float | None = None) -> None:
         """Sends it all. socket.sendall would allow STALL_SECONDS for the whole frame,
         which a long one over a slow line may need, as long as it moves."""
-        self._limit_to(end)
-        sent = self.sock.send(frame)
+        self.limit_to(end)
+        sent = 0
         while sent < len(frame):
-            self._limit_to(end)
-            sent += self.sock.send(memoryview(frame)[sent:])
+            self.limit_to(end)
+            # TLS counts the time until all it is given has gone, so it gets parts.
+            sent += self.sock.send(memoryview(frame)[sent : sent + SEND_BYTES])
 
     def receive(self, end: float | None = None) -> bytes | bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
@@ -306,7 +359,7 @@ class FrameSocket:
         peer closed in its middle."""
         data = self._unread
         while len(data) < _HEADER.size:
-            self._limit_to(end)
+            self.limit_to(end)
             try:
                 chunk = self.sock.recv(IDLE_RECEIVE_BYTES)
             except TimeoutError:
@@ -333,7 +386,7 @@ class FrameSocket:
         # Memory grows with what came: a length announced and never sent costs nothing.
         self._unread = b""
         while len(data) < total:
-            self._limit_to(end)
+            self.limit_to(end)
             data += self._not_cut(self.sock.recv(min(total - len(data), RECEIVE_BYTES)))
         del data[: _HEADER.size]
         return data
@@ -373,31 +426,16 @@ class Waiter:
     """A reader that waits for a topic's next message.
 
     `woken` is held from the start; whoever took the waiter out of its topic (put, or
-    close) releases it, once. `push` sends what it can of a reply and gives the rest,
-    which is kept in `rest` for the waiting thread to send.
+    close) releases it, once.
     """
 
-    def __init__(
-        self,
-        topic: str,
-        after: int,
-        limit: int,
-        room_bytes: int,
-        push: Callable[[_Bytes], _Bytes],
-    ) -> None:
+    def __init__(self, topic: str, after: int, limit: int, room_bytes: int) -> None:
         self.topic = topic
         self.after = after
         self.limit = limit
         self.room_bytes = room_bytes
-        self.push = push
-        self.rest: _Bytes = b""
         self.woken = threading.Lock()
         self.woken.acquire()
-
-    def answer(self, reply: bytes) -> None:
-        """Sent before the waiting thread is awake, as far as the peer takes it."""
-        self.rest = self.push(reply)
-        self.woken.release()
 
 
 class _Topic:
@@ -507,16 +545,16 @@ class MessageStore:
 
     def put(
         self, topic: str, bodies: list[bytes], origin: Origin | None = None
-    ) -> tuple[int, Batch, list[Waiter]]:
-        """Stores all bodies or none; gives the id of the last, what was stored, and the
-        waiters now to be answered by the caller. A put whose client and sequence were
+    ) -> tuple[int, list[Waiter]]:
+        """Stores all bodies or none; gives the id of the last, and the waiters that are
+        now to be answered by the caller. A put whose client and sequence were
         stored before gives that id and nothing else. Raises QueueFull, and DSMQError
         for a put that comes too late: its client has settled it."""
         with self._lock:
             self._check_open()
             known = self._known_head(origin)
             if known is not None:
-                return known, EMPTY, []
+                return known, []
             entry = self._topics.get(topic) or _Topic(topic, self._last_key + 1)
             cost = sum(map(len, bodies)) + MESSAGE_OVERHEAD_BYTES * len(bodies)
             self._check_room(cost + (0 if entry.messages else entry.bytes))
@@ -535,7 +573,7 @@ class MessageStore:
             woken = [w for w in entry.waiters if w.after < self._head]
             for waiter in woken:
                 del entry.waiters[waiter]
-            return self._head, Batch(ids, bodies, self.time_to_live), woken
+            return self._head, woken
 
     def _check_open(self) -> None:
         if self._closed:
@@ -558,7 +596,8 @@ class MessageStore:
             self._db.executemany(sql, self._young + rows)
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # out of memory, SQLite may have ended it
+                self._db.execute("ROLLBACK")
             raise
         self._young = []
 
@@ -772,7 +811,8 @@ class MessageStore:
                 "time_to_live": self.time_to_live,
                 "max_bytes": self.max_bytes,
             }
-            if self._name_bytes > room_bytes:
+            least_bytes = self._name_bytes + STATS_TOPIC_BYTES * len(self._topics)
+            if least_bytes > room_bytes:
                 return {**stats, "topics": {}, "topics_left_out": len(self._topics)}
             topics = [(t.name, t.messages, t.bytes) for t in self._topics.values()]
         sizes = {n: {"messages": m, "bytes": b} for n, m, b in topics if m}
@@ -807,7 +847,10 @@ class _Connection(FrameSocket):
     def start(self, context: ssl.SSLContext | None) -> None:
         """The TLS handshake, if any: in the connection's own thread: it may stall."""
         if context:
-            self.sock = context.wrap_socket(self.sock, server_side=True)
+            self.sock = context.wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False
+            )  # known before the handshake, so that `close` can end it
+            self.sock.do_handshake()
             return  # two threads must not use a TLS socket, so nothing is pushed
         # A second view of the same descriptor, which never waits. (The first has a
         # timeout, and Python then waits for the socket before each send.)
@@ -841,9 +884,9 @@ class _Connection(FrameSocket):
         self.shut(socket.SHUT_WR)
         end = time.monotonic() + LINGER_SECONDS
         try:
-            self._limit_to(end)
+            self.limit_to(end)
             while self.sock.recv(RECEIVE_BYTES):
-                self._limit_to(end)
+                self.limit_to(end)
         except OSError:
             pass  # the time is up, or the peer is gone
 
@@ -851,6 +894,27 @@ class _Connection(FrameSocket):
         if self._at_once:
             self._at_once.detach()
         super().close()
+
+
+class _WaitingGet(Waiter):
+    """A `get` that waits. The thread that answers it sends what the peer takes at once,
+    and leaves the rest to the connection's own thread, which it wakes."""
+
+    def __init__(
+        self,
+        connection: _Connection,
+        topic: str,
+        after: int,
+        limit: int,
+        room_bytes: int,
+    ) -> None:
+        super().__init__(topic, after, limit, room_bytes)
+        self._connection = connection
+        self.rest: _Bytes = b""
+
+    def answer(self, reply: bytes) -> None:
+        self.rest = self._connection.push(reply)
+        self.woken.release()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -884,6 +948,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.connections: set[_Connection] = set()
         # Readers that waited for the same put, for the thread that answers them.
         self._crowds: queue.SimpleQueue[list[Waiter]] = queue.SimpleQueue()
+        # The log of what peers do is thinned out. Without a lock: a line more or less.
         self._refusing = False  # so that a flood is logged once
         self._noted = 0, 0  # a second, and the lines logged in it
         # Given up for a moment to accept, and turn away, a client when no more
@@ -896,25 +961,28 @@ class _Server(socketserver.ThreadingTCPServer):
         family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)
         self.address_family = family
         super().__init__(cast(Any, address), _Handler)
+        # A client may be gone between select and accept, which then must not wait.
+        self.socket.settimeout(POLL_SECONDS)
         self._spare = socket.socket()
 
     def run(self) -> None:
         """Serves until stopped, then closes."""
-        timer = threading.Thread(target=self._purge, name="dsmq purge", daemon=True)
-        timer.start()
-        crowds = threading.Thread(
-            target=self._deliver_to_crowds, name="dsmq crowds", daemon=True
-        )
-        crowds.start()
+        jobs = {"dsmq purge": self._purge, "dsmq crowds": self._deliver_to_crowds}
+        threads: list[threading.Thread] = []
         try:
+            for name, job in jobs.items():
+                thread = threading.Thread(target=job, name=name, daemon=True)
+                thread.start()
+                threads.append(thread)
             self.serve_forever(POLL_SECONDS)
         except KeyboardInterrupt:
             pass  # the usual way to stop a server by hand
         finally:
             self.stopping.set()
-            timer.join()  # a step of the purge at most
+            self._crowds.put([])  # wakes its thread, which then ends
+            for thread in threads:
+                thread.join()  # a step of their work at most
             self.close()
-            crowds.join(CLOSE_SECONDS)
 
     def stop(self) -> None:
         """Ends `run` from another thread; returns when the port is free."""
@@ -928,7 +996,6 @@ class _Server(socketserver.ThreadingTCPServer):
         self.server_close()
         self.stopping.set()
         self.store.close()
-        self._crowds.put([])  # wakes its thread, which then ends
         with self._gate:
             for how in (socket.SHUT_RD, socket.SHUT_RDWR):
                 for connection in self.connections:
@@ -955,7 +1022,7 @@ class _Server(socketserver.ThreadingTCPServer):
                         return
                 self.store.forget_puts()
                 self.store.compact()
-            except MemoryError:  # try again: freeing is what helps
+            except Exception:  # try again: without this thread nothing ever expires
                 _log.exception("purging failed")
 
     # A connection's way: get_request accepts it, process_request starts its thread,
@@ -963,14 +1030,19 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         try:
-            sock, address = self.socket.accept()
+            return self._accepted()
+        except MemoryError as error:  # socketserver lets only an OSError pass
+            raise OSError(errno.ENOMEM, str(error)) from None
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._refuse_without_descriptor()
             raise  # socketserver goes on with the next
+
+    def _accepted(self) -> tuple[_Connection, Any]:
+        sock, address = self.socket.accept()
         try:
             return _Connection(sock, self.max_frame_bytes), address
-        except OSError:
+        except BaseException:
             sock.close()  # the client has gone again
             raise
 
@@ -995,7 +1067,9 @@ class _Server(socketserver.ThreadingTCPServer):
         self._refusing = True
         try:
             connection.sock.setblocking(False)  # the thread that accepts must not wait
-            if not self.context:
+            if (
+                not self.context
+            ):  # over TLS a handshake would come first; it tries again
                 connection.sock.send(encode_object({"error": why, "code": "busy"}))
                 connection.shut(socket.SHUT_WR)
                 connection.sock.recv(IDLE_RECEIVE_BYTES)  # unread, it would be a reset
@@ -1007,11 +1081,9 @@ class _Server(socketserver.ThreadingTCPServer):
         if self._spare:
             self._spare.close()
             self._spare = None
-            try:
-                connection = _Connection(self.socket.accept()[0], self.max_frame_bytes)
-                self._refuse(connection, "the server has no descriptor left")
-            except OSError:
-                pass  # another thread took the descriptor, or the client has gone
+            # Another thread may take the descriptor first, or the client be gone.
+            with contextlib.suppress(OSError):
+                self._refuse(self._accepted()[0], "the server has no descriptor left")
         try:
             self._spare = socket.socket()
         except OSError:
@@ -1026,7 +1098,9 @@ class _Server(socketserver.ThreadingTCPServer):
         request.close()
         self._gone(request)
 
-    def note(self, level: int, text: str, *values: object) -> None:
+    def note(
+        self, level: int, text: str, *values: object, exc_info: bool = False
+    ) -> None:
         """Logs what a peer did, ten times a second at most: a hostile one must not fill
         the disk."""
         second = int(time.monotonic())
@@ -1034,23 +1108,19 @@ class _Server(socketserver.ThreadingTCPServer):
             self._noted = second, 0
         self._noted = second, self._noted[1] + 1
         if self._noted[1] <= PEER_LOG_LINES:
-            _log.log(level, text, *values)
+            _log.log(level, text, *values, exc_info=exc_info)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A peer cannot cause this; a fault of ours ends one connection, and is told.
-        _log.exception("a fault while serving %s", request.peer)
+        # A fault of ours, or no memory left: it ends one connection, and is told.
+        self.note(logging.ERROR, "a fault serving %s", request.peer, exc_info=True)
 
-    def deliver(self, batch: Batch, waiters: list[Waiter]) -> None:
+    def deliver(self, waiters: list[Waiter]) -> None:
         """Answers the readers that waited for what was put. A single one at once, in
         the putter's thread; a crowd would hold up the putter, 30 us for each."""
         if len(waiters) > 1 and not self.stopping.is_set():
             self._crowds.put(waiters)
-            return
-        for waiter in waiters:
-            start = bisect.bisect_right(batch.ids, waiter.after)
-            rows = zip(batch.ids[start:], batch.bodies[start:], repeat(0.0))
-            ids, bodies, _ = _gather(rows, waiter.limit, waiter.room_bytes)
-            waiter.answer(_messages_reply(Batch(ids, bodies, batch.expires_seconds)))
+        else:
+            self._answer_all(waiters)
 
     def _deliver_to_crowds(self) -> None:
         """The thread that answers crowds, until the server stops."""
@@ -1058,23 +1128,25 @@ class _Server(socketserver.ThreadingTCPServer):
             waiters = self._crowds.get()
             while not self._crowds.empty():
                 waiters += self._crowds.get()
-            self._answer_crowd(waiters)
+            self._answer_all(waiters)
             # The first message after a silence goes out at once. Of a stream of them
             # each reader then gets a few at a time, which costs all much less.
             time.sleep(CROWD_PAUSE_SECONDS)
 
-    def _answer_crowd(self, waiters: list[Waiter]) -> None:
+    def _answer_all(self, waiters: list[Waiter]) -> None:
         """Readers at the same place get the same reply, found and encoded once; with it
         come the messages put since they were woken."""
         place, reply = None, b""
         for waiter in waiters:
+            assert isinstance(waiter, _WaitingGet)
             wanted = waiter.topic, waiter.after, waiter.limit, waiter.room_bytes
             if wanted != place:
                 try:
                     reply = _messages_reply(self.store.get(*wanted))
-                except (MemoryError, ConnectionAbortedError):
-                    # The reader will ask again, or the server stops.
-                    reply = _NO_MESSAGES
+                except Exception:  # out of memory, or the store is closed
+                    reply = (
+                        _NO_MESSAGES  # what was put is stored; the reader asks again
+                    )
                 place = wanted
             waiter.answer(reply)
 
@@ -1156,12 +1228,8 @@ class _Handler(socketserver.BaseRequestHandler):
             if not self._trusted and action not in ("hello", "authenticate"):
                 raise _Refusal("authentication", "this server requires its secret")
             return self.ACTIONS[action](self, request)
-        except _Refusal as refusal:
-            return encode_object({"error": str(refusal), "code": refusal.code})
-        except QueueFull as error:
-            return encode_object({"error": str(error), "code": "full"})
-        except DSMQError as error:
-            return encode_object({"error": str(error), "code": "stale"})
+        except (_Refusal, DSMQError) as error:
+            return encode_object({"error": str(error), "code": error.code})
         except MemoryError:
             return encode_object({"error": "out of memory", "code": "full"})
 
@@ -1175,9 +1243,9 @@ class _Handler(socketserver.BaseRequestHandler):
         if secret is None:
             reply["head"] = self.server.store.head
             return encode_object(reply)
-        nonce = _name(request, "nonce")
-        if nonce is None:
+        if request.get("nonce") is None:
             raise _Refusal("authentication", "this server requires its secret")
+        nonce = _text(request, "nonce", MAX_NAME_CHARACTERS)
         challenge = secrets.token_hex(32)
         self._expected_proof = _proof(secret, "client", nonce, challenge)
         reply["challenge"] = challenge
@@ -1213,15 +1281,15 @@ class _Handler(socketserver.BaseRequestHandler):
         # A frame without escapes carries its texts as they are stored.
         encode = _quoted if self._plain else encode_text
         bodies = [_body(message, limit, encode) for message in messages]
-        client = _name(request, "client")
         origin = None
-        if client:
+        if request.get("client") is not None:
+            client = _text(request, "client", MAX_NAME_CHARACTERS)
             sequence = _integer(request, "sequence")
             settled = _integer(request, "settled", -MAX_INTEGER - 1)
             origin = Origin(client, sequence, settled)
-        head, batch, waiters = self.server.store.put(topic, bodies, origin)
+        head, waiters = self.server.store.put(topic, bodies, origin)
         if waiters:
-            self.server.deliver(batch, waiters)
+            self.server.deliver(waiters)
         return encode_frame(b'{"head":%d}' % head)
 
     def _get(self, request: dict[str, Any]) -> _Bytes:
@@ -1234,11 +1302,11 @@ class _Handler(socketserver.BaseRequestHandler):
         if not seconds:
             batch = self.server.store.get(topic, after, limit, room_bytes)
             return _messages_reply(batch)
-        waiter = Waiter(topic, after, limit, room_bytes, self.request.push)
+        waiter = _WaitingGet(self.request, topic, after, limit, room_bytes)
         batch = self.server.store.get(topic, after, limit, room_bytes, waiter)
         return _messages_reply(batch) if batch.ids else self._wait(waiter, seconds)
 
-    def _wait(self, waiter: Waiter, seconds: float) -> _Bytes:
+    def _wait(self, waiter: _WaitingGet, seconds: float) -> _Bytes:
         end = time.monotonic() + seconds
         while (remaining := end - time.monotonic()) > 0:
             if waiter.woken.acquire(timeout=min(remaining, VANISHED_CHECK_SECONDS)):
@@ -1248,7 +1316,8 @@ class _Handler(socketserver.BaseRequestHandler):
         if self.server.store.end_wait(waiter):
             return _NO_MESSAGES
         # A put has just taken it in hand, which needs no time to speak of.
-        if not waiter.woken.acquire(timeout=STALL_SECONDS):
+        seconds = CLOSE_SECONDS if self.server.stopping.is_set() else STALL_SECONDS
+        if not waiter.woken.acquire(timeout=seconds):
             raise ConnectionAbortedError("a reply was begun and never finished")
         return waiter.rest
 
@@ -1289,16 +1358,21 @@ class _Handler(socketserver.BaseRequestHandler):
 # What a field of a request must be. Each refuses what is not, naming field and value.
 
 
+def _text(request: dict[str, Any], field: str, most: int) -> str:
+    value = request.get(field)
+    if isinstance(value, str) and 1 <= len(value) <= most:
+        with contextlib.suppress(UnicodeEncodeError):  # of a lone surrogate
+            value.encode()
+            return value
+    raise _Refusal(
+        "bad_request",
+        f"{field} must be a text of 1 to {most} characters that UTF-8 can carry,"
+        f" not {_shown(value)}",
+    )
+
+
 def _topic(request: dict[str, Any]) -> str:
-    topic = request.get("topic")
-    if not isinstance(topic, str) or not 1 <= len(topic) <= MAX_TOPIC_CHARACTERS:
-        raise _Refusal(
-            "bad_request",
-            f"topic must be a text of 1 to {MAX_TOPIC_CHARACTERS} characters,"
-            f" not {_shown(topic)}",
-        )
-    _body(topic, MAX_FRAME_BYTES)
-    return topic
+    return _text(request, "topic", MAX_TOPIC_CHARACTERS)
 
 
 def _integer(request: dict[str, Any], field: str, absent: int | None = None) -> int:
@@ -1317,20 +1391,6 @@ def _wait_seconds(request: dict[str, Any]) -> float:
             "bad_request", f"wait must be seconds, 0 or more, not {_shown(value)}"
         )
     return float(min(value, MAX_WAIT_SECONDS))
-
-
-def _name(request: dict[str, Any], field: str) -> str | None:
-    value = request.get(field)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME_CHARACTERS:
-        raise _Refusal(
-            "bad_request",
-            f"{field} must be a text of 1 to {MAX_NAME_CHARACTERS} characters,"
-            f" not {_shown(value)}",
-        )
-    _body(value, MAX_FRAME_BYTES)
-    return value
 
 
 def _quoted(text: str) -> bytes:
@@ -1393,21 +1453,14 @@ def serve(
     _check_address(host, port)
     _check_number("time_to_live", time_to_live, 0.001, MAX_TIME_TO_LIVE_SECONDS)
     _check_number("max_bytes", max_bytes, 1, MAX_INTEGER, whole=True)
-    limit = 1_000_000_000  # what SQLite takes in one value; the header could say more
     _check_number(
-        "max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, limit, whole=True
+        "max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, MAX_VALUE_BYTES, whole=True
     )
     _check_number("max_clients", max_clients, 1, MAX_INTEGER, whole=True)
     _check_secret(secret)
     if verbose:
         _show_log()
-    context = None
-    if certfile is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(certfile, keyfile)
-    elif keyfile is not None:
-        raise ValueError("a keyfile needs a certfile")
+    context = _tls_server_context(certfile, keyfile)
     _keep_freed_memory()
     with (
         contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
@@ -1427,6 +1480,19 @@ def serve(
     _log.info("stopped; goodbye")
 
 
+def _tls_server_context(
+    certfile: str | None, keyfile: str | None
+) -> ssl.SSLContext | None:
+    if certfile is None:
+        if keyfile is not None:
+            raise ValueError("a keyfile needs a certfile")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certfile, keyfile)
+    return context
+
+
 def _is_loopback(address: object) -> bool:
     return ipaddress.ip_address(str(address).partition("%")[0]).is_loopback
 
@@ -1438,38 +1504,6 @@ def _show_log() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _log.addHandler(handler)
     _log.setLevel(logging.INFO)
-
-
-# What an argument must be. Each raises TypeError or ValueError, naming the value.
-
-
-def _check_address(host: object, port: object) -> None:
-    if not isinstance(host, str):
-        raise TypeError(f"host must be a str, not {_shown(host)}")
-    _check_number("port", port, 0, 65535, whole=True)
-
-
-def _check_number(
-    name: str, value: object, least: float, most: float, whole: bool = False
-) -> None:
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        kind = "an int" if whole else "a number"
-        raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
-    if not least <= value <= most:  # not a number fails this too
-        raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
-
-
-def _check_secret(secret: object) -> None:
-    if secret is not None and not isinstance(secret, str):
-        raise TypeError(f"secret must be a str, not a {type(secret).__name__}")
-    if secret == "":
-        raise ValueError("secret must not be empty: it would keep nobody out")
-    if secret is not None:
-        try:
-            secret.encode()
-        except UnicodeEncodeError:
-            raise ValueError("secret must be text that UTF-8 can carry") from None
 
 
 # ---------------------------------------------------------------------------- client
@@ -1486,6 +1520,12 @@ def _count_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_count_fork)
+
+
+_UNREACHABLE = [
+    getattr(errno, name, None)  # not every system has them all
+    for name in ("EHOSTUNREACH", "ENETUNREACH", "EHOSTDOWN", "ENETDOWN")
+]
 
 
 class _Busy(ConnectionRefusedError):
@@ -1525,32 +1565,27 @@ class _Lane:
         # Weak, or client and lanes would keep each other alive, and the collector may
         # come to a socket before it comes to the lane that would close it.
         self._dial = weakref.WeakMethod(dial)
-        # The connection, a FrameSocket or what another engine dials, is in one of
-        # these. From before a request until its reply is in, it is not ready: wherever
-        # an interrupt strikes, no later request can meet an earlier one's reply.
-        self._ready: Any = None
-        self._talking: Any = None
-
-    @property
-    def ready(self) -> bool:
-        return self._ready is not None
+        self._connection: Any = None  # a FrameSocket, or what another engine dials
+        # Not so from before a request until its reply is in: wherever an interrupt
+        # strikes, no later request can meet an earlier one's reply.
+        self.ready = False
 
     def connect(self, end: float) -> Any:
-        if self._ready is None:
+        if not self.ready:
             self.drop()
             dial = self._dial()
             assert dial is not None  # it is a method of the client that is calling
-            self._ready = dial(self, end)
-        return self._ready
+            self._connection = dial(self, end)
+            self.ready = True
+        return self._connection
 
     def talk(self, work: Callable[[Any], _T], end: float) -> _T:
         """`work` done with the connection: what sends a request and takes in its whole
         reply."""
         connection = self.connect(end)
-        self._talking = connection
-        self._ready = None
+        self.ready = False
         result = work(connection)
-        self._ready = connection
+        self.ready = True
         return result
 
     def exchange(self, request: bytes, end: float) -> dict[str, Any]:
@@ -1562,20 +1597,19 @@ class _Lane:
 
     def hold(self, connection: Any) -> None:
         """One that is not ready yet, so that `shut` ends what makes it so."""
-        self._talking = connection
+        self._connection = connection
 
     def shut(self) -> None:
         """Ends the call under way, from another thread."""
-        frames = self._talking or self._ready
-        if frames:
-            frames.shut()
+        if self._connection:
+            self._connection.shut()
 
     def drop(self) -> None:
         """Closes the connection: lost, or with a reply still to come on it."""
-        frames = self._talking or self._ready
-        self._ready = self._talking = None
-        if frames:
-            frames.close()
+        self.ready = False
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
 
     __del__ = drop  # a client that was never closed gives no ResourceWarning
 
@@ -1779,9 +1813,9 @@ class DSMQClientSideConnection:
                 self._check_usable()
                 pause = min(2 * pause, MAX_RETRY_PAUSE_SECONDS)
         finally:
-            if self._closed or not lane.ready:
-                lane.drop()
             with self._lock:
+                if self._closed or not lane.ready:
+                    lane.drop()
                 self._idle.append(lane)
 
     def _borrow(self) -> _Lane:
@@ -1810,6 +1844,8 @@ class DSMQClientSideConnection:
             error, ssl.SSLCertVerificationError
         ):
             return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
+        if error.errno in _UNREACHABLE:
+            return ConnectionError(f"the {where} cannot be reached: {error}")
         return error
 
     def _dial(self, lane: _Lane, end: float) -> Any:
@@ -1828,7 +1864,11 @@ class DSMQClientSideConnection:
         self, host: str, port: int, end: float, hold: Callable[[FrameSocket], object]
     ) -> FrameSocket:
         sock = _connected(host, port, end)
-        frames = FrameSocket(sock, MAX_FRAME_BYTES)
+        try:
+            frames = FrameSocket(sock, MAX_FRAME_BYTES)
+        except BaseException:
+            sock.close()
+            raise
         try:
             if self._tls is not False:
                 frames.sock = _tls_context(self._tls).wrap_socket(
@@ -1837,7 +1877,7 @@ class DSMQClientSideConnection:
             hold(frames)
             self._check_usable()
             if isinstance(frames.sock, ssl.SSLSocket):
-                frames._limit_to(end)
+                frames.limit_to(end)
                 frames.sock.do_handshake()
             return frames
         except BaseException:
@@ -1902,17 +1942,28 @@ class DSMQClientSideConnection:
     def put_many(self, topic: str, msgs: Iterable[str]) -> None:
         """Puts them all, in order, or none: they share one request, and nobody else's
         messages come between. Only where they are too long for one frame, or more than
-        100,000, they go in several, each all or none."""
+        100,000, they go in several, each all or none and with its own timeout."""
         if isinstance(msgs, str):
             raise TypeError("msgs must be several messages, not one str")
         self._put(topic, msgs)
 
     def _put(self, topic: str, msgs: Iterable[str]) -> None:
-        name = encode_text(_checked_topic(topic))
+        name = self._topic_name(topic)
         self._check_usable()
         room_bytes = self._max_frame_bytes - PUT_ENVELOPE_BYTES - len(name)
         for load in list(_loads(msgs, room_bytes)):  # all are checked before one goes
             self._call(_numbered_put(partial(_put_frame, name, load), _stored))
+
+    def _topic_name(self, topic: str) -> bytes:
+        """The topic as a request carries it."""
+        name = encode_text(_checked_topic(topic))
+        room_bytes = self._max_frame_bytes - PUT_ENVELOPE_BYTES - len('""')
+        if len(name) > room_bytes:
+            raise ValueError(
+                f"the topic {_shown(topic)} takes {len(name)} bytes, but {room_bytes}"
+                " fit into a frame of the server"
+            )
+        return name
 
     # Reading
 
@@ -2028,14 +2079,20 @@ class DSMQClientSideConnection:
         if not ids:
             return False
         with self._lock:
-            ahead = self._ahead(topic)
-            if ahead.last >= after:  # or it is another server's since
-                self._cursors[topic] = ahead.extended(ids, messages, expires)
-        return True
+            while True:
+                ahead = self._ahead(topic)
+                begin = ahead.next
+                if ahead.last < after:  # it is another server's since
+                    return True
+                new = ahead.extended(ids, messages, expires)
+                # No call from here on, in which a signal handler could read.
+                if ahead.next == begin:
+                    self._cursors[topic] = new
+                    return True
 
     def _read(self, topic: str, after: int, limit: int, wait: float) -> _Messages:
         """The oldest messages after an id; waits for one, at most so many seconds."""
-        name = encode_text(topic)
+        name = self._topic_name(topic)
         begun = 0.0
 
         def exchange(lane: _Lane, end: float) -> _Messages:
@@ -2061,7 +2118,7 @@ class DSMQClientSideConnection:
         """The newest message after an id."""
         request = encode_frame(
             b'{"action":"get_latest","topic":%b,"after":%d}'
-            % (encode_text(topic), after)
+            % (self._topic_name(topic), after)
         )
 
         def exchange(lane: _Lane, end: float) -> _Messages:
@@ -2117,6 +2174,7 @@ class DSMQClientSideConnection:
             for lane in self._lanes.difference(self._idle):
                 lane.shut()
             for lane in self._idle:
+                lane.shut()
                 lane.drop()
 
     def __enter__(self) -> DSMQClientSideConnection:
@@ -2132,13 +2190,24 @@ class DSMQClientSideConnection:
 
 
 def _connected(host: str, port: int, end: float) -> socket.socket:
-    remaining = end - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError("timed out")
     try:
-        sock = socket.create_connection((host, port), min(remaining, LONGEST_SECONDS))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:  # of the encoding of names
         raise ValueError(f"host {_shown(host)} cannot be a name: {error}") from None
+    failure: OSError = TimeoutError("timed out")
+    for *_, address in found:
+        remaining = end - time.monotonic()
+        if remaining <= 0:
+            break
+        try:
+            return _connected_to(address, min(remaining, LONGEST_SECONDS))
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _connected_to(address: Any, seconds: float) -> socket.socket:
+    sock = socket.create_connection(address[:2], seconds)
     # Asking again and again for a port of this machine that nobody listens on may end
     # in a socket connected to itself, when the system picks that port for our end.
     if sock.getsockname() == sock.getpeername():
@@ -2158,7 +2227,9 @@ def _is_final(error: OSError) -> bool:
     if isinstance(error, ssl.SSLError):
         lost = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
         return not isinstance(error, lost)
-    return isinstance(error, (FrameError, FileNotFoundError, socket.gaierror))
+    if isinstance(error, socket.gaierror):
+        return error.errno != socket.EAI_AGAIN  # of a name server, and may pass
+    return isinstance(error, (FrameError, FileNotFoundError))
 
 
 def _reply_integer(reply: dict[str, Any], field: str) -> int:
@@ -2384,11 +2455,11 @@ class _RedisNode:
         redis = _redis_package()
         replies: list[Any] = []
         try:
-            self.frames._limit_to(end)
+            self.frames.limit_to(end)
             packed = self._connection.pack_commands(commands)
             self._connection.send_packed_command(packed)  # logs in, the first time
             for _ in commands:
-                self.frames._limit_to(end)
+                self.frames.limit_to(end)
                 try:
                     replies.append(self._connection.read_response())
                 except redis.ResponseError as error:
@@ -2478,7 +2549,7 @@ class _RedisConnection(DSMQClientSideConnection):
 
     def _open(self, node: _Node, end: float) -> _RedisNode:
         newest = self._newest()
-        opened = _RedisNode(node, self._reach(*node, end, id), self._login)
+        opened = _RedisNode(node, self._reach(*node, end, lambda _: None), self._login)
         try:
             if self._clustered is None:
                 (info,) = opened.ask(end, ("INFO", "cluster"))
@@ -2811,6 +2882,7 @@ def _line(line: bytes) -> str:
 
 
 def _run_watch(options: argparse.Namespace) -> None:
+    _show_log()  # a lost server is told of
     _check_number("timeout", options.timeout, 0, math.inf)
     if sys.stdout is None:
         raise ValueError("standard output is closed")
@@ -2819,19 +2891,25 @@ def _run_watch(options: argparse.Namespace) -> None:
         for topic in options.topics:
             arguments = mq, _checked_topic(_argument(topic)), messages
             threading.Thread(target=_follow, args=arguments, daemon=True).start()
-        left = options.count
-        while left > 0:
-            try:
-                message = messages.get(timeout=min(options.timeout, LONGEST_SECONDS))
-            except queue.Empty:
-                if options.timeout > LONGEST_SECONDS:
-                    continue
-                return
+        for _ in range(options.count):
+            message = _next_watched(messages, options.timeout)
             if isinstance(message, Exception):
                 raise message
+            if message is None:
+                return
             sys.stdout.buffer.write(message.encode() + b"\n")
             sys.stdout.buffer.flush()
-            left -= 1
+
+
+def _next_watched(
+    messages: queue.Queue[str | Exception], timeout: float
+) -> str | Exception | None:
+    end = time.monotonic() + timeout
+    while (remaining := end - time.monotonic()) > 0:
+        # Not longer at once, for on Windows Ctrl-C does not end the wait for a lock.
+        with contextlib.suppress(queue.Empty):
+            return messages.get(timeout=min(remaining, 1.0))
+    return None
 
 
 def _follow(
@@ -2842,7 +2920,7 @@ def _follow(
         try:
             for message in mq.listen(topic):
                 messages.put(message)
-        except (ConnectionError, TimeoutError) as error:
+        except OSError as error:
             if mq.closed:
                 return
             _log.warning("%s; trying again", error)
@@ -2884,7 +2962,8 @@ def _run_bench(options: argparse.Namespace) -> None:
     if private:
         options.secret_file, options.tls = None, None
         os.environ.pop("DSMQ_SECRET", None)
-        context.Process(target=serve, args=(options.host, options.port)).start()
+        address = options.host, options.port
+        context.Process(target=serve, args=address, daemon=True).start()
     figures: dict[str, float] = {}
     with _connected_client(options) as mq:
         try:
@@ -3072,10 +3151,6 @@ def _bench_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _no_options(command: argparse.ArgumentParser) -> None:
-    pass
-
-
 # What runs, what it does, an example's arguments, and what adds its options.
 _COMMANDS: dict[
     str,
@@ -3101,7 +3176,7 @@ _COMMANDS: dict[
         "--count 1000",
         _bench_options,
     ),
-    "shutdown": (_run_shutdown, "stop a server", "--port 30008", _no_options),
+    "shutdown": (_run_shutdown, "stop a server", "--port 30008", lambda command: None),
 }
 
 
