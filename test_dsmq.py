@@ -911,9 +911,9 @@ def test_a_put_takes_the_waiters_of_its_topic_that_lack_the_message(
     )
     for one in (here, above, elsewhere):
         assert store.get(one.topic, one.after, 1, ROOM, one).ids == []
-    assert store.put("a", [b"1"])[1] == [here]
+    assert store.put("a", [b"1"])[2] == [here]
     assert not store.end_wait(here)
-    assert store.put("a", [b"2"])[1] == [above]
+    assert store.put("a", [b"2"])[2] == [above]
     assert store.end_wait(elsewhere)
     assert list(store.stats()["topics"]) == ["a"] == list(store._topics)
 
