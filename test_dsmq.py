@@ -2747,6 +2747,25 @@ def test_a_full_server_refuses_puts_and_does_all_else(
     assert reader.get("t") == "room again"
 
 
+def test_the_system_gets_memory_back_once_messages_expired(
+    serve_process: Callable[..., Process], connect: Connect
+) -> None:
+    process = serve_process("--time-to-live", "0.7")
+    status = pathlib.Path(f"/proc/{process.popen.pid}/statm")
+    if not status.exists():
+        pytest.skip("no /proc here")
+
+    def megabytes() -> float:
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    mq = connect(process.port)
+    before = megabytes()
+    for _ in range(100):
+        mq.put("t", "x" * 500_000)
+    assert megabytes() > before + 40
+    eventually(lambda: megabytes() < before + 20)
+
+
 def test_a_client_too_many_is_told_so_and_gets_in_when_another_leaves(
     start_server: StartServer, connect: Connect, raw: Callable[[int], Raw]
 ) -> None:
