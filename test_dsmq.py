@@ -17,6 +17,7 @@ import pathlib
 import pickle
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -3950,6 +3951,28 @@ def test_errors_are_one_line_and_a_status(
     assert done.returncode == status
     assert text in done.stderr
     assert status == 2 or done.stderr.count("\n") == 1
+
+
+@past_one_machine
+def test_the_command_line_takes_the_url_of_a_redis(connect: Connect) -> None:
+    host = "--host", connect.address[0]
+    mq = connect()
+    command = [sys.executable, str(HERE / "dsmq.py"), "watch", "a", "--count", "3"]
+    watching = subprocess.Popen([*command, *host], stdout=subprocess.PIPE)
+    assert watching.stdout is not None
+    with watching.stdout:
+        while not select.select([watching.stdout], [], [], 0.1)[0]:
+            mq.put("a", "is it there?")  # it sees what comes after it connected
+        watching.stdout.readline()
+        assert dsmq_command("put", "b", *host, stdin=b"x\ny").returncode == 0
+        assert dsmq_command("put", "a", "hé", "llo", *host).returncode == 0
+        watching.communicate(timeout=PATIENCE_SECONDS)
+    assert watching.returncode == 0
+    assert mq.get_many("b") == ["x", "y"]
+    stats = json.loads(dsmq_command("stats", "--json", *host).stdout)
+    assert stats["topics"]["b"]["messages"] == 2
+    done = dsmq_command("shutdown", *host)
+    assert done.returncode == 1 and "not stopped by its clients" in done.stderr
 
 
 def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> None:
