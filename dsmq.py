@@ -2368,6 +2368,7 @@ _REDIS_HEAD = b"dsmq:head"
 _REDIS_STREAM = b"{dsmq:%b}"
 _REDIS_READ_MESSAGES = 100  # in one reply, which Redis cannot bound in bytes
 _REDIS_MESSAGE_BYTES = 72  # that a message takes in a request beside its text, at most
+_REDIS_LATE_SECONDS = 0.1  # it looks for waits that are over ten times a second
 _REDIS_REDIRECTIONS = 8  # followed at once; one more is tried again after a pause
 _REDIS_ID_BITS = 64  # here an id is milliseconds << 64 | number: in order like Redis's
 
@@ -2665,9 +2666,11 @@ class _RedisConnection(DSMQClientSideConnection):
             if begun:  # a line that breaks now and then may never carry a long reply
                 count = max(count // 2, 1)
             begun = time.monotonic()
-            seconds = min(wait, (end - begun) / 2, MAX_WAIT_SECONDS)
-            milliseconds = max(int(seconds * 1000), 1)  # 0 would be for ever
-            block = ("BLOCK", milliseconds) if wait else ()
+            block: tuple[Any, ...] = ()
+            if wait:
+                seconds = min(wait, (end - begun) / 2, MAX_WAIT_SECONDS)
+                block = ("BLOCK", max(int(seconds * 1000), 1))  # 0 would be for ever
+                end += _REDIS_LATE_SECONDS
             last = ("STREAMS", key, _redis_id_text(after))
             read = ("XREAD", "COUNT", count, *block, *last)
             return self._exchange(key, lane, [read, ("TIME",)], end)
