@@ -62,6 +62,7 @@ import os
 import queue
 import re
 import secrets
+import select
 import signal
 import socket
 import socketserver
@@ -846,13 +847,14 @@ class _Connection(FrameSocket):
     """The server's end of a client's connection.
 
     Its own thread serves it; besides, the thread of a client that puts may `push` the
-    reply to a waiting reader, while the connection's own thread sleeps.
+    reply to a waiting reader, while the connection's own thread waits.
     """
 
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         super().__init__(sock, max_frame_bytes)
         self.peer = _address(sock.getpeername())
         self._at_once: socket.socket | None = None
+        self._arrivals: Any = None  # a select.poll, where `hear` can be had
 
     def start(self, context: ssl.SSLContext | None) -> None:
         """The TLS handshake, if any: in the connection's own thread: it may stall."""
@@ -867,6 +869,29 @@ class _Connection(FrameSocket):
         family, kind, proto = self.sock.family, self.sock.type, self.sock.proto
         self._at_once = socket.socket(family, kind, proto, self.sock.fileno())
         self._at_once.setblocking(False)
+        if hasattr(select, "poll"):  # not so on Windows
+            self._arrivals = select.poll()
+            self._arrivals.register(self._at_once, select.POLLIN)
+
+    @property
+    def hears(self) -> bool:
+        """Whether a thread that waits does so for the peer, and not to be woken."""
+        return self._arrivals is not None
+
+    def hear(self, seconds: float) -> bool:
+        """Waits for the peer's next request, where that can be done; False if there
+        will be none."""
+        if self._at_once is None or self._arrivals is None or self._unread:
+            return True
+        if not self._arrivals.poll(1000 * seconds):
+            return True
+        try:
+            self._unread = self._at_once.recv(IDLE_RECEIVE_BYTES)
+        except BlockingIOError:
+            return True  # the system took back what it had said
+        except OSError:
+            return False
+        return bool(self._unread)
 
     def push(self, frame: _Bytes) -> _Bytes:
         """Sends as much as the peer takes without waiting; gives the rest."""
@@ -907,8 +932,13 @@ class _Connection(FrameSocket):
 
 
 class _WaitingGet(Waiter):
-    """A `get` that waits. The thread that answers it sends what the peer takes at once,
-    and leaves the rest to the connection's own thread, which it wakes."""
+    """A `get` that waits. The thread that answers it sends what the peer takes at once.
+
+    The connection's own thread had better not be woken for that: it waits for the next
+    request instead, which tells it that the peer has its reply. (With eight readers
+    this is a third faster.) A rest is then left to a thread for it alone; where the
+    own thread cannot wait like that, it is woken and sends the rest.
+    """
 
     def __init__(
         self,
@@ -924,7 +954,23 @@ class _WaitingGet(Waiter):
 
     def answer(self, reply: bytes) -> None:
         self.rest = self._connection.push(reply)
+        if self.rest and self._connection.hears:
+            try:
+                name = "dsmq rest"
+                threading.Thread(target=self._finish, name=name, daemon=True).start()
+                return
+            except (RuntimeError, MemoryError):  # no thread to be had
+                self._connection.shut()  # the client asks again on a new one
         self.woken.release()
+
+    def _finish(self) -> None:
+        try:
+            self._connection.send(self.rest)
+        except (OSError, MemoryError):
+            self._connection.shut()  # its own thread closes it
+        finally:
+            self.rest = b""
+            self.woken.release()
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -1333,17 +1379,20 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _wait(self, waiter: _WaitingGet, seconds: float) -> _Bytes:
         end = time.monotonic() + seconds
-        while (remaining := end - time.monotonic()) > 0:
+        there = self.request.hear(seconds)
+        # Still unanswered: the peer asks ahead, or this thread cannot hear it.
+        while there and (remaining := end - time.monotonic()) > 0:
             if waiter.woken.acquire(timeout=min(remaining, VANISHED_CHECK_SECONDS)):
                 return waiter.rest
-            if self.request.vanished():
-                break
+            there = not self.request.vanished()
         if self.server.store.end_wait(waiter):
             return _NO_MESSAGES
-        # A put has just taken it in hand, which needs no time to speak of.
+        # A put has just taken it in hand, which needs no time to speak of, but for a
+        # rest that is on its way.
         seconds = CLOSE_SECONDS if self.server.stopping.is_set() else STALL_SECONDS
-        if not waiter.woken.acquire(timeout=seconds):
-            raise ConnectionAbortedError("a reply was begun and never finished")
+        while not waiter.woken.acquire(timeout=seconds):
+            if not waiter.rest:
+                raise ConnectionAbortedError("a reply was begun and never finished")
         return waiter.rest
 
     def _get_latest(self, request: dict[str, Any]) -> bytes:

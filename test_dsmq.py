@@ -200,14 +200,14 @@ class Raw:
         return reply
 
     def _exactly(self, size: int) -> bytes:
-        data = b""
+        data = bytearray()
         while len(data) < size:
             chunk = self.sock.recv(size - len(data))
             if not chunk:
-                assert not data, f"cut inside a frame, after {data!r}"
+                assert not data, f"cut inside a frame, after {data[:100]!r}"
                 break
             data += chunk
-        return data
+        return bytes(data)
 
     def ask(self, **fields: Any) -> dict[str, Any]:
         self.send_body(json.dumps(fields).encode())
@@ -1209,24 +1209,110 @@ def test_a_waiting_get_takes_only_what_fits_its_limit(
     assert 599 < reply["expires"] <= 600
 
 
+@pytest.fixture(params=["hears", "is woken"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the server's threads wait for messages: as they do where there is
+    select.poll, and as over TLS and on Windows."""
+    if request.param == "is woken":
+        monkeypatch.setattr(dsmq, "select", None)
+
+
+def begin_waits(server: Server, readers: list[Raw], seconds: float = 20) -> None:
+    """A get with `wait` from each."""
+    for reader in readers:
+        fields = {"action": "get", "topic": "t", "after": 0, "wait": seconds}
+        reader.send_body(json.dumps(fields).encode())
+    topics = server.store._topics
+    eventually(lambda: "t" in topics and len(topics["t"].waiters) == len(readers))
+
+
+LONG = "x" * 10_000_000  # more than the system takes for a peer that does not read
+
+
+@pytest.mark.usefixtures("waiting")
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_long_message_reaches_waiting_readers_that_are_slow_to_read_it(
+    server: Server, raw: Callable[[int], Raw], count: int
+) -> None:
+    readers = [raw(server.port) for _ in range(count)]
+    writer = raw(server.port)
+    begin_waits(server, readers)
+    with within(10):  # the readers do not read yet
+        writer.ask(action="put", topic="t", messages=[LONG])
+        writer.ask(action="put", topic="t", messages=["next"])
+    with within(10):
+        for reader in readers:
+            assert (reader.receive() or {})["messages"] == [LONG]
+            assert reader.ask(action="hello")["protocol"] == 1
+
+
+def test_a_reply_may_take_longer_than_a_stall_as_long_as_it_moves(
+    server: Server, raw: Callable[[int], Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = raw(server.port), raw(server.port)
+    begin_waits(server, [reader], 0.1)
+    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
+    reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
+    writer.ask(action="put", topic="t", messages=[LONG])
+    (size,) = struct.unpack(">I", reader._exactly(4))
+    for _ in range(8):
+        time.sleep(0.1)
+        reader._exactly(1_000_000)
+    reader._exactly(size - 8_000_000)
+    assert reader.ask(action="hello")["protocol"] == 1
+
+
+@pytest.mark.usefixtures("waiting")
+def test_requests_sent_ahead_of_a_reply_are_answered_in_their_turn(
     server: Server, raw: Callable[[int], Raw]
 ) -> None:
-    text = "x" * 10_000_000
-    readers = [raw(server.port) for _ in range(2)]
-    writer = raw(server.port)
-    for reader in readers:
-        reader.send_body(b'{"action":"get","topic":"t","after":0,"wait":20}')
-    eventually(
-        lambda: (
-            "t" in server.store._topics and len(server.store._topics["t"].waiters) == 2
-        )
-    )
-    with within(10):  # the readers do not read yet
-        writer.ask(action="put", topic="t", messages=[text])
-        writer.ask(action="put", topic="t", messages=["next"])
-    for reader in readers:
-        assert (reader.receive() or {})["messages"] == [text]
+    reader, writer = raw(server.port), raw(server.port)
+    hello = dsmq.encode_object({"action": "hello"})
+    get = {"action": "get", "topic": "t", "after": 0}
+    wait = dsmq.encode_object({**get, "wait": 20})
+    reader.sock.sendall(wait + hello)
+    eventually(lambda: "t" in server.store._topics)
+    reader.sock.sendall(dsmq.encode_object(get))
+    head = writer.ask(action="put", topic="t", messages=["x"])["head"]
+    with within(5):
+        replies = [reader.receive() or {} for _ in range(3)]
+    assert [r.get("messages") for r in replies] == [["x"], None, ["x"]]
+    assert replies[1]["head"] == head
+
+
+@pytest.mark.usefixtures("waiting")
+def test_a_waiting_reader_that_does_not_read_its_reply_is_dropped(
+    start_server: StartServer,
+    raw: Callable[[int], Raw],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
+    server = start_server()
+    reader, writer = raw(server.port), raw(server.port)
+    begin_waits(server, [reader])
+    writer.ask(action="put", topic="t", messages=[LONG])
+    eventually(lambda: len(server.inner.connections) == 1)
+    eventually(lambda: not [t for t in threading.enumerate() if t.name == "dsmq rest"])
+
+
+def test_a_waiting_reader_is_reached_though_no_thread_is_to_be_had(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    putter, getter = connect(), connect()
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "dsmq rest":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(getter.get_wait, "t", PATIENCE_SECONDS)
+        eventually(lambda: "t" in server.store._topics)
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        with within(3):
+            putter.put("t", LONG)
+            assert waiting.result(PATIENCE_SECONDS) == LONG
 
 
 def test_a_pair_of_client_and_sequence_is_stored_once(
@@ -1253,13 +1339,13 @@ def test_a_settled_put_is_stale(server: Server, raw: Callable[[int], Raw]) -> No
     assert old.ask(**put, sequence=4)["head"] == first["head"] + 2
 
 
+@pytest.mark.usefixtures("waiting")
 def test_a_client_that_vanishes_while_it_waits_is_dropped(
     server: Server, raw: Callable[[int], Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dsmq, "VANISHED_CHECK_SECONDS", 0.05)
     peer = raw(server.port)
-    peer.send_body(b'{"action":"get","topic":"t","after":0,"wait":30}')
-    eventually(lambda: "t" in server.store._topics)
+    begin_waits(server, [peer])
     peer.sock.close()
     eventually(lambda: not server.inner.connections and not server.store._topics)
 
