@@ -121,7 +121,10 @@ MIN_FRAME_BYTES = 1000  # below it the server's own replies and errors do not fi
 MAX_PUT_MESSAGES = 100_000  # stored in one go, in which others wait: 0.2 s
 MAX_CLIENTS = 10_000  # connections, a thread each
 MAX_TOPIC_CHARACTERS = 1000
-MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
+MIN_INTEGER, MAX_INTEGER = (
+    -(1 << 63),
+    (1 << 63) - 1,
+)  # SQLite's, and most other languages' widest
 MAX_NAME_CHARACTERS = 256  # of a `client` or `nonce` field, which the server keeps
 ENVELOPE_BYTES = 128  # of a reply around its messages and ids
 PUT_ENVELOPE_BYTES = 180  # of a client's put around its topic and messages
@@ -487,7 +490,7 @@ class _RecentPuts:
 
     def __init__(self) -> None:
         self.at = 0.0  # of the last one
-        self.settled = -MAX_INTEGER - 1
+        self.settled = MIN_INTEGER
         self.heads: dict[int, int] = {}  # by sequence, newest last
 
 
@@ -693,8 +696,10 @@ class MessageStore:
                 more = self._read(topic, after, step, min(room_bytes, STEP_BYTES))
                 if waiter and not more.ids and not batch.ids:
                     self._begin_wait(waiter)
+            if not more.ids:
+                break
             room_bytes -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
-            if not more.ids or (batch.ids and room_bytes < 0):
+            if batch.ids and room_bytes < 0:
                 break
             batch.ids.extend(more.ids)
             batch.bodies.extend(more.bodies)
@@ -1374,7 +1379,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if request.get("client") is not None:
             client = _text(request, "client", MAX_NAME_CHARACTERS)
             sequence = _integer(request, "sequence")
-            settled = _integer(request, "settled", -MAX_INTEGER - 1)
+            settled = _integer(request, "settled", MIN_INTEGER)
             origin = Origin(client, sequence, settled)
         head, batch, waiters = self.server.store.put(topic, bodies, origin)
         reply: _Bytes = encode_frame(b'{"head":%d}' % head)
@@ -1477,7 +1482,7 @@ def _topic(request: dict[str, Any]) -> str:
 
 def _integer(request: dict[str, Any], field: str, absent: int | None = None) -> int:
     value = request.get(field, absent)
-    if type(value) is not int or not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+    if type(value) is not int or not MIN_INTEGER <= value <= MAX_INTEGER:
         raise _Refusal(
             "bad_request", f"{field} must be a 64-bit integer, not {_shown(value)}"
         )
