@@ -34,10 +34,11 @@ Wire protocol, version 1
 
 Threads and locks
     Server: a thread accepts, one thread serves each connection, a timer thread purges,
-    and one answers readers of whom several waited for the same message.
+    and one answers readers of whom several waited for the same message. What a waiting
+    reader does not take in at once, one more thread sends.
     `MessageStore._lock` guards all stored state, and is never held while sending,
     receiving, encoding or decoding. `_Server._gate` guards the set of connections.
-    `Waiter.woken` is the lock on which a connection's thread waits for a put.
+    `Waiter.woken` is held until a get that waits is answered.
     Client: each call borrows a connection of its own for as long as it lasts, so calls
     in several threads do not wait for each other; `DSMQClientSideConnection._lock`
     guards cursors and idle connections, for moments only. `_fork_lock` lets one thread
