@@ -26,12 +26,11 @@ import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import pytest
@@ -454,11 +453,18 @@ def redis_servers(folder: pathlib.Path) -> Iterator[StartRedis]:
         yield start
 
 
-def need_redis() -> None:
+def lacks_redis() -> str:
+    """What there is not that Redis needs; "" if it can be tested."""
     if not importlib.util.find_spec("redis"):
-        skip("the package redis is not installed")
+        return "the package redis is not installed"
     if not shutil.which("redis-server") or not shutil.which("redis-cli"):
-        skip("no redis-server here")
+        return "no redis-server here"
+    return ""
+
+
+def need_redis() -> None:
+    if reason := lacks_redis():
+        skip(reason)
 
 
 # With a short timeout nodes also tell each other of new ones sooner.
@@ -476,7 +482,15 @@ def start_cluster(start_redis: StartRedis) -> list[Redis]:
     join_cluster(nodes[:1], nodes[1:])
     for node in nodes:
         wait_for(node, "cluster_state:ok", "cluster", "info")
+    set_node_timeout(nodes, 60_000)
     return nodes
+
+
+def set_node_timeout(nodes: list[Redis], milliseconds: int) -> None:
+    """With a long one there is no failover, however long a test or the machine stops a
+    node."""
+    for node in nodes:
+        node.cli("config", "set", "cluster-node-timeout", str(milliseconds))
 
 
 def join_cluster(cluster: list[Redis], nodes: list[Redis]) -> None:
@@ -506,13 +520,29 @@ def lasting_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
         yield start()
 
 
+NewClusters = list[Future[list[Redis]]]
+
+
 @pytest.fixture(scope="session")
-def lasting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Redis]]:
-    with redis_servers(tmp_path_factory.mktemp("cluster")) as start:
-        nodes = start_cluster(start)
-        for node in nodes:  # no failover, however long a test or the machine stops one
-            node.cli("config", "set", "cluster-node-timeout", "60000")
-        yield nodes
+def new_clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewClusters]:
+    """Two in the making, which takes two seconds: one to last, one to lose a node."""
+    with contextlib.ExitStack() as stack:
+        starts = [
+            stack.enter_context(redis_servers(tmp_path_factory.mktemp("cluster")))
+            for _ in range(2)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        yield [pool.submit(start_cluster, start) for start in starts]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begin_early(request: pytest.FixtureRequest) -> None:
+    """Begins what is long in coming, and not for work, before the first of many tests:
+    it has come when its own tests do."""
+    if len(request.session.items) > 300:
+        request.getfixturevalue("demos")
+        if not lacks_redis():
+            request.getfixturevalue("new_clusters")
 
 
 @pytest.fixture
@@ -523,10 +553,11 @@ def redis(lasting_redis: Redis) -> Redis:
 
 
 @pytest.fixture
-def cluster(lasting_cluster: list[Redis]) -> list[Redis]:
-    for node in lasting_cluster:
+def cluster(new_clusters: NewClusters) -> list[Redis]:
+    nodes = new_clusters[0].result()
+    for node in nodes:
         node.flush()
-    return lasting_cluster
+    return nodes
 
 
 def eventually(true: Callable[[], bool]) -> None:
@@ -3831,9 +3862,9 @@ def test_a_topic_that_moves_to_another_node_loses_and_repeats_nothing(
 
 
 def test_clients_carry_on_when_a_replica_takes_over_from_its_node(
-    start_redis: StartRedis, connect: Connect
+    new_clusters: NewClusters, start_redis: StartRedis, connect: Connect
 ) -> None:
-    nodes = start_cluster(start_redis)
+    nodes = new_clusters[1].result()
     seed, replica = nodes[0], start_redis(*CLUSTERED)
     seed_id = seed.cli("cluster", "myid")
     join_cluster(nodes, [replica])
@@ -3848,6 +3879,7 @@ def test_clients_carry_on_when_a_replica_takes_over_from_its_node(
     assert int(seed.cli("dbsize")) > 5
     # What it has acknowledged but not passed on would be lost.
     assert seed.cli("wait", "1", "5000") == "1"
+    set_node_timeout([*nodes, replica], 500)
     seed.kill()
     for i in range(30):
         putter.put(f"t{i}", "after")
@@ -4126,14 +4158,18 @@ def readme_blocks(language: str) -> list[str]:
 DEMOS = ["dsmq.py", "demo.py"]
 
 
-@functools.cache
-def run_demos() -> dict[str, subprocess.CompletedProcess[str]]:
+Demos = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="session")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demos]:
     """Run once and at the same time, as each takes its time to be read; in a folder
     with nothing else."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        for path in DEMOS:
-            shutil.copy(HERE / path, folder)
-        running = {
+    folder = tmp_path_factory.mktemp("demos")
+    for path in DEMOS:
+        shutil.copy(HERE / path, folder)
+    with ThreadPoolExecutor(2) as pool:
+        yield {
             path: pool.submit(
                 subprocess.run,
                 [sys.executable, path],
@@ -4144,12 +4180,13 @@ def run_demos() -> dict[str, subprocess.CompletedProcess[str]]:
             )
             for path in DEMOS
         }
-        return {path: one.result() for path, one in running.items()}
 
 
 @pytest.mark.parametrize("path", DEMOS)
-def test_the_demos_tell_their_story_and_leave_nothing_running(path: str) -> None:
-    done = run_demos()[path]
+def test_the_demos_tell_their_story_and_leave_nothing_running(
+    demos: Demos, path: str
+) -> None:
+    done = demos[path].result()
     assert done.returncode == 0 and done.stderr == ""
     for line in ("server", "putter", "getter A", "getter B", "stopped"):
         assert line in done.stdout
@@ -4157,8 +4194,8 @@ def test_the_demos_tell_their_story_and_leave_nothing_running(path: str) -> None
     assert received[0] == received[1] and len(received[0]) >= 3
 
 
-def test_readme_shows_what_the_demo_really_prints() -> None:
-    done = run_demos()["dsmq.py"]
+def test_readme_shows_what_the_demo_really_prints(demos: Demos) -> None:
+    done = demos["dsmq.py"].result()
     shown = next(b for b in readme_blocks("text") if "putter:" in b)
 
     def lines(text: str) -> list[str]:
