@@ -648,7 +648,7 @@ def test_a_body_that_is_no_json_object_is_a_frame_error(body: bytes) -> None:
 
 
 def test_an_integer_of_any_length_is_decoded_at_once_and_out_of_range() -> None:
-    with within(1):
+    with within(3):
         value = dsmq.decode_object(b'{"a":' + b"9" * 1_000_000 + b"}")["a"]
     assert value > dsmq.MAX_INTEGER
 
@@ -727,8 +727,8 @@ def test_a_receive_ends_at_its_end_even_if_bytes_trickle_in() -> None:
                 near.sendall(b"x")
 
         sending = pool.submit(trickle)
-        with within(2), pytest.raises(TimeoutError):
-            frames.receive(time.monotonic() + 0.3)
+        with within(5), pytest.raises(TimeoutError):
+            frames.receive(time.monotonic() + 0.2)
         stopped.set()
         sending.result(PATIENCE_SECONDS)
 
@@ -1177,12 +1177,8 @@ def test_an_infinite_wait_is_refused(server: Server, raw: Callable[[int], Raw]) 
     ids=lambda data: str(data[:20]),
 )
 def test_broken_framing_is_answered_and_the_connection_closed(
-    server: Server,
-    raw: Callable[[int], Raw],
-    monkeypatch: pytest.MonkeyPatch,
-    data: bytes,
+    server: Server, raw: Callable[[int], Raw], data: bytes
 ) -> None:
-    monkeypatch.setattr(dsmq, "LINGER_SECONDS", 0.05)
     peer, witness = raw(server.port), raw(server.port)
     witness.ask(action="hello")
     peer.sock.sendall(data)
@@ -1190,6 +1186,7 @@ def test_broken_framing_is_answered_and_the_connection_closed(
     assert reply and reply["code"] == "bad_frame"
     with contextlib.suppress(ConnectionResetError):
         assert peer.receive() is None
+    peer.sock.close()
     assert witness.ask(action="hello")["protocol"] == 1
     eventually(lambda: len(server.inner.connections) == 1)
 
@@ -1293,7 +1290,7 @@ def test_a_reply_may_take_longer_than_a_stall_as_long_as_it_moves(
     server: Server, raw: Callable[[int], Raw], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = raw(server.port), raw(server.port)
-    begin_waits(server, [reader], 0.1)
+    begin_waits(server, [reader], 0.5)
     monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.4)
     reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
     writer.ask(action="put", topic="t", messages=[LONG])
@@ -1353,7 +1350,7 @@ def test_a_waiting_reader_is_reached_though_no_thread_is_to_be_had(
         waiting = pool.submit(getter.get_wait, "t", PATIENCE_SECONDS)
         eventually(lambda: "t" in server.store._topics)
         monkeypatch.setattr(threading.Thread, "start", fail)
-        with within(3):
+        with within(4):
             putter.put("t", LONG)
             assert waiting.result(PATIENCE_SECONDS) == LONG
 
@@ -1414,15 +1411,20 @@ def test_a_client_that_does_not_read_is_dropped_and_holds_up_nobody(
     raw: Callable[[int], Raw],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.5)
     server = start_server()
-    greedy, writer = raw(server.port), raw(server.port)
+    writer = raw(server.port)
     writer.ask(action="put", topic="t", messages=["x" * 1_000_000])
     request = dsmq.encode_frame(b'{"action":"get","topic":"t","after":0}')
+    greedy = raw(server.port)
     greedy.sock.sendall(request * 50)
-    for _ in range(20):
-        with within(1):
+    with within(10):
+        for _ in range(20):
             writer.ask(action="put", topic="t", messages=["y"])
+    assert len(server.inner.connections) == 2
+    greedy.sock.close()
+    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
+    raw(server.port).sock.sendall(request * 50)
+    eventually(lambda: len(server.inner.connections) == 2)
     eventually(lambda: len(server.inner.connections) == 1)
 
 
@@ -1537,7 +1539,7 @@ def test_late_client_does_not_see_earlier_messages(connect: Connect) -> None:
 
 
 # By hand: DSMQ_ROUNDS=10000 pytest -k right_after_a_connect
-ROUNDS = {"dsmq": 300, "redis": 200, "cluster": 60}
+ROUNDS = {"dsmq": 200, "redis": 120, "cluster": 40}
 
 
 @everywhere
@@ -1708,8 +1710,9 @@ def test_get_wait_without_a_timeout_is_tuned_as_in_the_original(
     mq._n_tries, mq._initial_retry = 3, 0.02
     begin = time.monotonic()
     assert mq.get_wait("t") == ""
-    assert 0.13 < time.monotonic() - begin < 1.5
-    with within(0.5):
+    assert 0.13 < time.monotonic() - begin < 5
+    mq._n_tries = 10
+    with within(5):
         assert mq.get_wait("t", timeout=0) == ""
 
 
@@ -1780,7 +1783,7 @@ def test_a_time_to_live_shorter_than_the_way_hangs_no_call(
 
     with ThreadPoolExecutor(1) as pool:
         putting = pool.submit(put)
-        with within(3):
+        with within(8):
             for _ in range(200):
                 mq.get("t")
                 mq.get_many("t")
@@ -1790,13 +1793,16 @@ def test_a_time_to_live_shorter_than_the_way_hangs_no_call(
 
 
 def test_expired_messages_free_their_memory_on_topics_nobody_touches(
-    start_server: StartServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    pass_time: Callable[[float], None],
 ) -> None:
     monkeypatch.setattr(dsmq, "PURGE_SECONDS", 0.05)
-    mq = connect(start_server(time_to_live=0.2).port)
+    mq = connect()
     for i in range(100):
         mq.put_many(f"t{i}", ["x" * 100] * 20)
-    assert mq.stats()["messages"] > 0
+    assert mq.stats()["messages"] == 2000
+    pass_time(600)
     eventually(lambda: mq.stats()["bytes"] == 0)
     assert mq.stats()["topics"] == {}
 
@@ -1815,7 +1821,7 @@ def test_a_step_of_the_wall_clock_changes_nothing(
         assert getter.get("t") == str(step)
         begin = time.monotonic()
         assert getter.get_wait("t", 0.05) == ""
-        assert 0.05 <= time.monotonic() - begin < 1
+        assert 0.05 <= time.monotonic() - begin < 5
     assert putter.get_many("t") == ["0", "86400", "-86400"]
 
 
@@ -1910,15 +1916,15 @@ def test_a_wrong_call_raises_in_the_caller_and_changes_nothing(
         ((), {"secret": ""}, ValueError),
         ((), {"secret": "\udc80"}, ValueError),
         ((), {"tls": ""}, ValueError),
-        (("a" * 70,), {"timeout": 1}, ValueError),
-        (("nowhere.invalid",), {"timeout": 1}, OSError),
+        (("a" * 70,), {}, ValueError),
+        (("nowhere.invalid",), {}, OSError),
         ((), {"tls": 1}, TypeError),
     ],
 )
 def test_wrong_arguments_of_connect_raise_at_once(
     arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception]
 ) -> None:
-    with within(1), pytest.raises(error):
+    with within(5), pytest.raises(error):
         dsmq.connect(*arguments, **options)
 
 
@@ -1978,7 +1984,7 @@ def test_a_closed_client_raises_and_may_be_closed_again(connect: Connect) -> Non
         lambda: mq.put("t", "x"),
         lambda: mq.put_many("t", ["x"]),
         lambda: mq.get("t"),
-        lambda: mq.get_wait("t", 1),
+        lambda: mq.get_wait("t", 20),
         lambda: mq.get_latest("t"),
         lambda: mq.get_many("t"),
         lambda: next(mq.listen("t")),
@@ -1986,7 +1992,7 @@ def test_a_closed_client_raises_and_may_be_closed_again(connect: Connect) -> Non
         mq.shutdown_server,
     ]
     for call in calls:
-        with within(1), pytest.raises(ConnectionError, match="closed"):
+        with within(5), pytest.raises(ConnectionError, match="closed"):
             call()
 
 
@@ -2033,7 +2039,7 @@ def test_each_message_goes_to_exactly_one_of_a_clients_threads(
         lambda: getter.get_many("t", 7),
     ]
     done = threading.Event()
-    total = 400
+    total = 250
 
     def read(number: int) -> list[str]:
         got: list[str] = []
@@ -2060,8 +2066,8 @@ def test_a_thread_in_get_wait_holds_up_no_other_call(connect: Connect) -> None:
     mq = connect()
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(mq.get_wait, "t", 20) for _ in range(2)]
-        time.sleep(0.1)
-        with within(2):
+        time.sleep(0.05)
+        with within(4):
             assert mq.get("u") == mq.get("t") == ""
             mq.put("u", "x")
             assert mq.get("u") == "x"
@@ -2075,8 +2081,8 @@ def test_close_ends_the_calls_of_other_threads(connect: Connect) -> None:
     mq = connect()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(mq.get_wait, "t", math.inf)
-        time.sleep(0.1)
-        with within(2):
+        time.sleep(0.05)
+        with within(4):
             mq.close()
             with pytest.raises(ConnectionError, match="closed"):
                 waiting.result(PATIENCE_SECONDS)
@@ -2091,7 +2097,7 @@ def test_close_ends_calls_that_are_still_being_connected(
         waiting = [pool.submit(mq.get_wait, "t", math.inf) for _ in range(3)]
         eventually(lambda: proxy.connections == 3)
         time.sleep(0.05)
-        with within(2):
+        with within(5):
             mq.close()
             for one in waiting:
                 with pytest.raises(ConnectionError, match="closed"):
@@ -2114,7 +2120,7 @@ def test_a_signal_handler_may_use_the_client(connect: Connect) -> None:
     got: list[str] = []
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0007)
-        end = time.monotonic() + 0.5
+        end = time.monotonic() + 0.3
         while time.monotonic() < end:
             got += mq.get_many("t")
     finally:
@@ -2375,7 +2381,7 @@ def test_a_greeting_cut_at_any_byte_is_made_again(
 
 
 # By hand: DSMQ_CUTS=100000 pytest -k cut_again_and_again
-CUT_MESSAGES = int(os.environ.get("DSMQ_CUTS", "2000"))
+CUT_MESSAGES = int(os.environ.get("DSMQ_CUTS", "1000"))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -2484,7 +2490,7 @@ def test_a_server_killed_and_restarted_under_load_hangs_and_confuses_nobody(
         assert mq.get_wait("ready", PATIENCE_SECONDS) == "x"
     number = 0
     for _ in range(RESTARTS):
-        end = time.monotonic() + 0.2
+        end = time.monotonic() + 0.1
         while time.monotonic() < end:
             mq.put("t", str(number))
             number += 1
@@ -2672,7 +2678,7 @@ def test_a_reply_that_is_not_as_it_should_be_is_an_error_in_every_call(
         impostor = Impostor(HELLO, reply)
         with (
             contextlib.closing(impostor),
-            dsmq.connect("127.0.0.1", impostor.port, timeout=1) as mq,
+            dsmq.connect("127.0.0.1", impostor.port, timeout=8) as mq,
             within(3),
             pytest.raises(DSMQError),
         ):
@@ -2686,10 +2692,10 @@ def test_a_reply_that_is_not_as_it_should_be_is_an_error_in_every_call(
 def test_a_hello_that_is_not_as_it_should_be_is_an_error(hello: Any) -> None:
     impostor = Impostor(hello, {})
     with contextlib.closing(impostor), within(3), pytest.raises(DSMQError):
-        dsmq.connect("127.0.0.1", impostor.port, timeout=1)
+        dsmq.connect("127.0.0.1", impostor.port, timeout=8)
     impostor = Impostor({**HELLO, "challenge": "\ud800", "proof": "\udc00"}, {})
     with contextlib.closing(impostor), within(3), pytest.raises(AuthenticationError):
-        dsmq.connect("127.0.0.1", impostor.port, timeout=1, secret="s")
+        dsmq.connect("127.0.0.1", impostor.port, timeout=8, secret="s")
 
 
 def test_a_peer_that_is_no_dsmq_server_is_an_error_at_once() -> None:
@@ -2703,7 +2709,7 @@ def test_a_peer_that_is_no_dsmq_server_is_an_error_at_once() -> None:
 
         with ThreadPoolExecutor(1) as pool:
             answering = pool.submit(babble)
-            with within(2), pytest.raises(ConnectionError, match="another protocol"):
+            with within(5), pytest.raises(ConnectionError, match="another protocol"):
                 dsmq.connect("127.0.0.1", port)
             answering.result(PATIENCE_SECONDS)
 
@@ -2713,7 +2719,7 @@ def test_put_to_a_killed_server_raises_and_the_process_can_exit(
     serve_process: Callable[..., Process], connect: Connect
 ) -> None:
     process = serve_process()
-    mq = connect(process.port, timeout=0.3)
+    mq = connect(process.port)
     code = (
         "import dsmq, sys\n"
         f"mq = dsmq.connect(port={process.port})\n"
@@ -2727,7 +2733,8 @@ def test_put_to_a_killed_server_raises_and_the_process_can_exit(
     )
     assert child.stdout is not None and child.stdout.readline() == b"stored\n"
     process.stop()
-    with within(1.5), pytest.raises(ConnectionError):
+    mq._timeout = 0.3
+    with within(5), pytest.raises(ConnectionError):
         mq.put("t", "x")
     with within(PATIENCE_SECONDS):
         child.communicate()
@@ -2789,7 +2796,7 @@ def test_an_interrupt_anywhere_in_a_call_loses_and_repeats_nothing(
     got: list[str] = []
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        end = time.monotonic() + 0.6
+        end = time.monotonic() + 0.4
         while time.monotonic() < end and len(got) < total:
             if name == "get_latest":
                 putter.put("t", str(next(numbers)))
@@ -2827,7 +2834,7 @@ def test_interrupted_puts_are_stored_once_or_not_at_all(connect: Connect) -> Non
     done: list[str] = []
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for i in range(1500):
+        for i in range(1000):
             signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.0005)
             with contextlib.suppress(Interrupt):
                 mq.put("t", str(i))
@@ -3056,7 +3063,7 @@ def test_clients_with_the_secret_get_in_and_nobody_else(
     mq.put("t", "x")
     assert mq.get("t") == "x"
     for secret in (None, "wrong", "s3cret"):
-        with within(2), pytest.raises(AuthenticationError):
+        with within(5), pytest.raises(AuthenticationError):
             connect(server.port, secret=secret)
     requests: list[dict[str, Any]] = [
         {"action": "hello"},
@@ -3109,7 +3116,7 @@ def test_a_server_that_does_not_know_the_secret_is_not_trusted(
 ) -> None:
     for secret in (None, "another"):
         server = start_server(secret=secret)
-        with within(2), pytest.raises(AuthenticationError):
+        with within(5), pytest.raises(AuthenticationError):
             connect(server.port, secret="s")
         assert server.store.stats()["messages"] == 0
 
@@ -3149,6 +3156,7 @@ def test_a_peer_without_the_secret_is_logged_kept_short_and_dropped(
     eventually(lambda: not server.inner.connections)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_lost_connections_are_made_again_with_the_secret(
     start_server: StartServer, connect: Connect
 ) -> None:
@@ -3213,7 +3221,7 @@ def test_everything_works_over_tls(
         putter.put("t", "z")
         assert copy.get("t") == "z"
         copy.close()
-        with within(2):
+        with within(5):
             putter.shutdown_server()
 
 
@@ -3221,7 +3229,7 @@ def test_wrong_names_and_untrusted_certificates_are_refused(
     tls_server: Server, certificate: pathlib.Path
 ) -> None:
     for host, tls in (("127.0.0.1", certificate / "cert.pem"), ("localhost", True)):
-        with within(3), pytest.raises(ssl.SSLCertVerificationError):
+        with within(5), pytest.raises(ssl.SSLCertVerificationError):
             dsmq.connect(host, tls_server.port, tls=tls)
     with pytest.raises(FileNotFoundError):
         dsmq.connect("localhost", tls_server.port, tls="/nowhere.pem")
@@ -3234,10 +3242,10 @@ def test_plain_talk_to_a_tls_port_and_tls_talk_to_a_plain_port_are_errors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dsmq, "LINGER_SECONDS", 0.1)
-    with within(3), pytest.raises(ConnectionError):
+    with within(5), pytest.raises(ConnectionError):
         dsmq.connect("localhost", tls_server.port, timeout=0.5)
-    with within(3), pytest.raises(ConnectionError, match="TLS"):
-        dsmq.connect("localhost", server.port, timeout=1, tls=certificate / "cert.pem")
+    with within(5), pytest.raises(ConnectionError, match="TLS"):
+        dsmq.connect("localhost", server.port, tls=certificate / "cert.pem")
 
 
 def test_a_client_that_stalls_in_the_handshake_holds_up_nobody_and_is_dropped(
@@ -3296,10 +3304,9 @@ def test_shutdown_answers_wakes_everyone_frees_the_port_and_returns_soon(
     start_server: StartServer, connect: Connect
 ) -> None:
     server = start_server()
-    mq, others = (
-        connect(server.port),
-        [connect(server.port, timeout=0.5) for _ in range(5)],
-    )
+    mq, others = connect(server.port), [connect(server.port) for _ in range(5)]
+    for other in others:
+        other._timeout = 0.5
     with ThreadPoolExecutor(5) as pool:
         waiting = [pool.submit(other.get_wait, "t", math.inf) for other in others]
         time.sleep(0.1)
@@ -3309,7 +3316,7 @@ def test_shutdown_answers_wakes_everyone_frees_the_port_and_returns_soon(
             socket.create_connection(("127.0.0.1", server.port), 1)
         socket.create_server(("127.0.0.1", server.port)).close()
         server.thread.join(PATIENCE_SECONDS)
-        assert time.monotonic() - begin < 0.5
+        assert time.monotonic() - begin < 5
         for one in waiting:
             with pytest.raises(ConnectionError):
                 one.result(PATIENCE_SECONDS)
@@ -3334,8 +3341,8 @@ def test_a_server_can_be_started_again_on_the_port_at_once(
 def test_shutdown_asked_by_several_at_once_is_one_shutdown(
     server: Server, connect: Connect
 ) -> None:
-    clients = [connect(timeout=2) for _ in range(5)]
-    with ThreadPoolExecutor(5) as pool, within(3):
+    clients = [connect() for _ in range(5)]
+    with ThreadPoolExecutor(5) as pool, within(5):
         list(pool.map(lambda mq: mq.shutdown_server(), clients))
     server.thread.join(PATIENCE_SECONDS)
     assert not server.thread.is_alive()
@@ -3359,14 +3366,14 @@ def test_a_shutdown_whose_answer_is_lost_is_done(
     mq = connect(proxy.port, timeout=5)
     proxy.cut_latest_after(1, 1)
     with pytest.raises(ConnectionError):  # the proxy is there, and cuts
-        mq._timeout = 0.5
+        mq._timeout = 0.3
         mq.shutdown_server()
     server.thread.join(PATIENCE_SECONDS)
     assert not server.thread.is_alive()
 
 
 def test_a_port_in_use_is_an_os_error_that_names_it(server: Server) -> None:
-    with within(1), pytest.raises(OSError, match=f"127.0.0.1:{server.port}"):
+    with within(5), pytest.raises(OSError, match=f"127.0.0.1:{server.port}"):
         dsmq.serve("127.0.0.1", server.port)
 
 
@@ -3397,7 +3404,7 @@ def test_a_child_forked_beside_a_server_does_not_keep_its_port(
         os.read(reader, 1)  # has the listening socket and the connections open
         os._exit(0)
     try:
-        with within(2):
+        with within(5):
             mq.shutdown_server()
             server.thread.join(PATIENCE_SECONDS)
         again = start_server(server.port)
@@ -3599,11 +3606,10 @@ def test_a_connection_to_redis_cut_at_any_byte_loses_and_repeats_nothing(
 def test_a_put_that_reaches_redis_late_is_stored_in_its_place_or_not_at_all(
     redis: Redis, connect: Connect
 ) -> None:
-    putter, getter = connect(redis.url, timeout=0.3), connect(redis.url)
+    putter, getter = connect(redis.url), connect(redis.url)
     putter.put("t", "0")
-    with redis.paused(), pytest.raises(TimeoutError):
+    with redis.paused(), dsmq_timeout(putter, 0.3), pytest.raises(TimeoutError):
         putter.put("t", "1")
-    putter._timeout = PATIENCE_SECONDS
     putter.put("t", "2")
     time.sleep(0.1)
     assert getter.get_many("t") in (["0", "2"], ["0", "1", "2"])
@@ -3756,7 +3762,7 @@ def test_the_password_of_a_redis_is_in_its_url_and_in_no_error(
     mq.put("t", "x")
     assert "s3cr" not in repr(mq)
     for login in (":wr0ng@", "", "nobody:s3cr%2Fet@"):
-        with within(1), pytest.raises(AuthenticationError) as refused:
+        with within(5), pytest.raises(AuthenticationError) as refused:
             connect(f"redis://{login}{place}")
         assert "wr0ng" not in str(refused.value) and "s3cr" not in str(refused.value)
     with pytest.raises(ValueError, match="URL") as misplaced:
@@ -3782,7 +3788,7 @@ def test_the_password_of_a_redis_is_in_its_url_and_in_no_error(
 def test_a_wrong_url_of_a_redis_raises_at_once(
     arguments: tuple[Any, ...], options: dict[str, Any], text: str
 ) -> None:
-    with within(1), pytest.raises(ValueError, match=text):
+    with within(5), pytest.raises(ValueError, match=text):
         dsmq.connect(*arguments, **options)
 
 
@@ -3811,7 +3817,7 @@ def test_a_peer_that_is_no_redis_is_an_error_at_once() -> None:
         with ThreadPoolExecutor(1) as pool:
             answering = pool.submit(babble)
             url = f"redis://{HOST}:{listener.getsockname()[1]}"
-            with within(2), pytest.raises(dsmq.FrameError, match="another protocol"):
+            with within(5), pytest.raises(dsmq.FrameError, match="another protocol"):
                 dsmq.connect(url)
             answering.result(PATIENCE_SECONDS)
 
@@ -3836,11 +3842,11 @@ def test_everything_works_over_tls_to_redis(
         getter.close()
         with pytest.raises(ConnectionError, match="closed"):
             waiting.result(PATIENCE_SECONDS)
-    with within(3), pytest.raises(ssl.SSLCertVerificationError):
+    with within(5), pytest.raises(ssl.SSLCertVerificationError):
         connect(url)  # not of an authority of the system
-    with within(3), pytest.raises(ssl.SSLCertVerificationError):
+    with within(5), pytest.raises(ssl.SSLCertVerificationError):
         connect(f"rediss://{HOST}:{port}", tls=tls)  # another name
-    with within(3), pytest.raises((ConnectionError, TimeoutError)):
+    with within(5), pytest.raises((ConnectionError, TimeoutError)):
         connect(f"rediss://localhost:{plain.port}", tls=tls, timeout=0.2)
 
 
@@ -3919,7 +3925,7 @@ def test_clients_carry_on_when_a_replica_takes_over_from_its_node(
     assert int(seed.cli("dbsize")) > 5
     # What it has acknowledged but not passed on would be lost.
     assert seed.cli("wait", "1", "5000") == "1"
-    set_node_timeout([*nodes, replica], 500)
+    set_node_timeout([*nodes, replica], 250)
     seed.kill()
     for i in range(30):
         putter.put(f"t{i}", "after")
@@ -3934,7 +3940,8 @@ def dsmq_command(
     *arguments: str, stdin: bytes | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, str(HERE / "dsmq.py"), *arguments],
+        [sys.executable, "-m", "dsmq", *arguments],  # it need not be compiled again
+        cwd=HERE,
         input=stdin if stdin is not None else b"",
         capture_output=True,
         timeout=2 * PATIENCE_SECONDS,
@@ -3954,7 +3961,7 @@ def test_serve_ends_with_status_0_and_says_goodbye(
     process = serve_process()
     mq = connect(process.port)
     mq.put("t", "x")
-    with within(1):
+    with within(5):
         assert process.stop(how) == 0
     log = "".join(process.log)
     for text in ("dsmq " + dsmq.__version__, "Ctrl-C", "stopped; goodbye"):
@@ -4030,19 +4037,22 @@ def test_watch_ends_on_its_timeout_and_survives_a_restart(
     start_server: StartServer, connect: Connect
 ) -> None:
     server = start_server()
-    command = [sys.executable, str(HERE / "dsmq.py"), "watch", "t", "--timeout", "1"]
-    watching = subprocess.Popen(
-        [*command, "--port", str(server.port)], stdout=subprocess.PIPE
-    )
-    eventually(lambda: "t" in server.store._topics)
+    command = [sys.executable, str(HERE / "dsmq.py"), "watch", "t", "--port"]
+    command += [str(server.port), "--timeout"]
+    topics, watching = server.store._topics, []
+    for options in (["60", "--count", "2"], ["0.5"]):
+        watching.append(subprocess.Popen([*command, *options], stdout=subprocess.PIPE))
+        eventually(lambda: "t" in topics and len(topics["t"].waiters) == len(watching))
+    long, brief = watching
     connect(server.port).put("t", "before")
-    assert watching.stdout is not None
-    assert watching.stdout.readline() == b"before\n"
+    assert brief.communicate(timeout=PATIENCE_SECONDS)[0] == b"before\n"
+    assert long.stdout is not None
+    assert long.stdout.readline() == b"before\n"
     server.stop()
     again = start_server(server.port)
     connect(again.port).put("t", "after")
-    assert watching.communicate(timeout=PATIENCE_SECONDS)[0] == b"after\n"
-    assert watching.returncode == 0
+    assert long.communicate(timeout=PATIENCE_SECONDS)[0] == b"after\n"
+    assert brief.returncode == long.returncode == 0
 
 
 @needs_signals
@@ -4122,14 +4132,18 @@ def test_the_command_line_takes_the_url_of_a_redis(connect: Connect) -> None:
         while not select.select([watching.stdout], [], [], 0.1)[0]:
             mq.put("a", "is it there?")  # it sees what comes after it connected
         watching.stdout.readline()
-        assert dsmq_command("put", "b", *host, stdin=b"x\ny").returncode == 0
-        assert dsmq_command("put", "a", "hé", "llo", *host).returncode == 0
+        with ThreadPoolExecutor(2) as pool:
+            putting = pool.submit(dsmq_command, "put", "b", *host, stdin=b"x\ny")
+            assert dsmq_command("put", "a", "hé", "llo", *host).returncode == 0
+            assert putting.result().returncode == 0
         watching.communicate(timeout=PATIENCE_SECONDS)
     assert watching.returncode == 0
     assert mq.get_many("b") == ["x", "y"]
-    stats = json.loads(dsmq_command("stats", "--json", *host).stdout)
+    with ThreadPoolExecutor(2) as pool:
+        telling = pool.submit(dsmq_command, "stats", "--json", *host)
+        done = dsmq_command("shutdown", *host)
+    stats = json.loads(telling.result().stdout)
     assert stats["topics"]["b"]["messages"] == 2
-    done = dsmq_command("shutdown", *host)
     assert done.returncode == 1 and "not stopped by its clients" in done.stderr
 
 
@@ -4148,18 +4162,25 @@ def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> Non
 def test_closed_standard_streams_cause_no_traceback(server: Server) -> None:
     program = shlex.join([sys.executable, str(HERE / "dsmq.py")])
     line = f"{program} %s --port {server.port} %s"
-    for command, closed, status in (
+
+    def check(command: str, closed: str, status: int) -> None:
+        done = subprocess.run(
+            ["sh", "-c", line % (command, closed)],
+            stderr=subprocess.PIPE,
+            timeout=2 * PATIENCE_SECONDS,
+        )
+        assert done.returncode == status, command
+        assert b"Traceback" not in done.stderr
+
+    cases = [
         ("put t x", ">&-", 0),
         ("stats", ">&-", 0),
         ("watch t --timeout 0", ">&-", 1),
         ("put t", "<&-", 1),
         ("--version; true", "2>&-", 0),
-    ):
-        done = subprocess.run(
-            ["sh", "-c", line % (command, closed)], stderr=subprocess.PIPE, timeout=20
-        )
-        assert done.returncode == status, command
-        assert b"Traceback" not in done.stderr
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(check, *zip(*cases)))
     assert server.store.stats()["messages"] == 1
 
 
@@ -4182,8 +4203,10 @@ def test_an_empty_secret_in_the_environment_is_refused() -> None:
 def test_help_and_version() -> None:
     assert dsmq_command("--version").stdout == f"dsmq {dsmq.__version__}\n"
     assert "example: dsmq" in dsmq_command("--help").stdout
-    for name in dsmq._COMMANDS:
-        text = dsmq_command(name, "--help").stdout
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        helping = {n: pool.submit(dsmq_command, n, "--help") for n in dsmq._COMMANDS}
+    for name, done in helping.items():
+        text = done.result().stdout
         assert f"example: dsmq {name}" in text and "--secret-file" in text
 
 
