@@ -498,6 +498,19 @@ def start_cluster(start_redis: StartRedis) -> list[Redis]:
     return nodes
 
 
+def start_cluster_with_replica(start_redis: StartRedis) -> list[Redis]:
+    """The last node is a replica of the first."""
+    nodes = start_cluster(start_redis)
+    seed, replica = nodes[0], start_redis(*CLUSTERED)
+    seed_id = seed.cli("cluster", "myid")
+    join_cluster(nodes, [replica])
+    replica.cli("cluster", "replicate", seed_id)
+    for node in nodes:  # or they would not vote for it
+        wait_for(node, f"slave {seed_id}", "cluster", "nodes")
+    wait_for(seed, "state=online", "info", "replication")
+    return [*nodes, replica]
+
+
 def set_node_timeout(nodes: list[Redis], milliseconds: int) -> None:
     """With a long one there is no failover, however long a test or the machine stops a
     node."""
@@ -537,14 +550,18 @@ NewClusters = list[Future[list[Redis]]]
 
 @pytest.fixture(scope="session")
 def new_clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewClusters]:
-    """Two in the making, which takes two seconds: one to last, one to lose a node."""
+    """Two in the making, which takes two seconds: one to last, and one with a replica
+    of the node that it is to lose."""
     with contextlib.ExitStack() as stack:
         starts = [
             stack.enter_context(redis_servers(tmp_path_factory.mktemp("cluster")))
             for _ in range(2)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(2))
-        yield [pool.submit(start_cluster, start) for start in starts]
+        makers = start_cluster, start_cluster_with_replica
+        making = [pool.submit(make, start) for make, start in zip(makers, starts)]
+        pool.shutdown(wait=False)  # its threads end then: later tests fork
+        yield making
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -2323,7 +2340,7 @@ LEFT = {"get": ["2"], "get_wait": ["2"], "get_latest": [], "get_many": []}
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries at once, to make many."""
-    monkeypatch.setattr(dsmq, "RETRY_PAUSE_SECONDS", 0.0005)
+    monkeypatch.setattr(dsmq, "RETRY_PAUSE_SECONDS", 0.0001)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -3908,16 +3925,10 @@ def test_a_topic_that_moves_to_another_node_loses_and_repeats_nothing(
 
 
 def test_clients_carry_on_when_a_replica_takes_over_from_its_node(
-    new_clusters: NewClusters, start_redis: StartRedis, connect: Connect
+    new_clusters: NewClusters, connect: Connect
 ) -> None:
     nodes = new_clusters[1].result()
-    seed, replica = nodes[0], start_redis(*CLUSTERED)
-    seed_id = seed.cli("cluster", "myid")
-    join_cluster(nodes, [replica])
-    replica.cli("cluster", "replicate", seed_id)
-    for node in nodes:  # or they would not vote for it
-        wait_for(node, f"slave {seed_id}", "cluster", "nodes")
-    wait_for(seed, "state=online", "info", "replication")
+    seed = nodes[0]
     putter, getter = (connect(seed.url, timeout=PATIENCE_SECONDS) for _ in range(2))
     for i in range(30):
         putter.put(f"t{i}", "before")
@@ -3925,7 +3936,7 @@ def test_clients_carry_on_when_a_replica_takes_over_from_its_node(
     assert int(seed.cli("dbsize")) > 5
     # What it has acknowledged but not passed on would be lost.
     assert seed.cli("wait", "1", "5000") == "1"
-    set_node_timeout([*nodes, replica], 250)
+    set_node_timeout(nodes, 250)
     seed.kill()
     for i in range(30):
         putter.put(f"t{i}", "after")
@@ -4232,7 +4243,7 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demos]:
     for path in DEMOS:
         shutil.copy(HERE / path, folder)
     with ThreadPoolExecutor(2) as pool:
-        yield {
+        running = {
             path: pool.submit(
                 subprocess.run,
                 [sys.executable, path],
@@ -4243,6 +4254,8 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demos]:
             )
             for path in DEMOS
         }
+        pool.shutdown(wait=False)  # its threads end then: later tests fork
+        yield running
 
 
 @pytest.mark.parametrize("path", DEMOS)
