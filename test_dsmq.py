@@ -1736,12 +1736,12 @@ def test_get_wait_without_a_timeout_is_tuned_as_in_the_original(
 @everywhere
 def test_a_wait_longer_than_one_request_ends_when_it_should(connect: Connect) -> None:
     putter, getter = connect(), connect()
-    getter._timeout = 0.6  # each request waits for half of it
+    getter._timeout = 0.4  # each request waits for half of it
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(getter.get_wait, "t", math.inf)
         begin = time.monotonic()
-        assert getter.get_wait("u", 0.4) == ""
-        assert 0.4 <= time.monotonic() - begin < 5
+        assert getter.get_wait("u", 0.6) == ""
+        assert 0.6 <= time.monotonic() - begin < 5
         putter.put("t", "at last")
         assert waiting.result(PATIENCE_SECONDS) == "at last"
 
