@@ -47,6 +47,7 @@ Threads and locks
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import binascii
 import bisect
@@ -953,8 +954,15 @@ class _Connection(FrameSocket):
         super().close()
 
 
+def _start_thread(job: Callable[..., object], *arguments: Any) -> None:
+    """Raises RuntimeError or MemoryError. Thread.start would wait until the thread has
+    begun: for ever, if memory runs out just then."""
+    _thread.start_new_thread(job, arguments)
+
+
 class _WaitingGet(Waiter):
-    """A `get` that waits. The thread that answers it sends what the peer takes at once.
+    """A `get` that waits. The thread that answers it sends what the peer takes at once,
+    unless that is much: many would hold up the readers of other topics.
 
     The connection's own thread had better not be woken for that: it waits for the next
     request instead, which tells it that the peer has its reply. (With eight readers
@@ -973,19 +981,21 @@ class _WaitingGet(Waiter):
         super().__init__(topic, after, limit, room_bytes)
         self._connection = connection
         self.rest: _Bytes = b""
+        self.finishing = False  # a thread has begun to send the rest
 
     def answer(self, reply: bytes) -> None:
-        self.rest = self._connection.push(reply)
+        much = len(reply) > SEND_BYTES
+        self.rest = reply if much else self._connection.push(reply)
         if self.rest and self._connection.hears:
             try:
-                name = "dsmq rest"
-                threading.Thread(target=self._finish, name=name, daemon=True).start()
+                _start_thread(self._finish)
                 return
             except (RuntimeError, MemoryError):  # no thread to be had
                 self._connection.shut()  # the client asks again on a new one
         self.woken.release()
 
     def _finish(self) -> None:
+        self.finishing = True
         try:
             self._connection.send(self.rest)
         except (OSError, MemoryError):
@@ -998,8 +1008,6 @@ class _WaitingGet(Waiter):
 class _Server(socketserver.ThreadingTCPServer):
     """Accepts connections, a thread each, and stops when a client or Ctrl-C says so."""
 
-    daemon_threads = True  # an idle client must not keep the process alive ...
-    block_on_close = False  # ... nor server_close() waiting; `close` does that, bounded
     request_queue_size = 1024  # clients may all come at the same moment
     # On Windows this option would let a second server take over the port.
     allow_reuse_address = os.name != "nt"
@@ -1133,7 +1141,7 @@ class _Server(socketserver.ThreadingTCPServer):
             self._refuse(request, f"max_clients {self.max_clients} is reached")
             return
         try:
-            super().process_request(request, client_address)
+            _start_thread(self.process_request_thread, request, client_address)
             self._refusing = False
         except (RuntimeError, MemoryError) as error:  # no thread to be had
             self._gone(request)
@@ -1228,6 +1236,9 @@ class _Server(socketserver.ThreadingTCPServer):
         place, reply = None, b""
         for waiter in waiters:
             assert isinstance(waiter, _WaitingGet)
+            if self.stopping.is_set():
+                waiter.woken.release()
+                continue
             wanted = waiter.topic, waiter.after, waiter.limit, waiter.room_bytes
             if wanted == place:
                 waiter.answer(reply)
@@ -1405,7 +1416,13 @@ class _Handler(socketserver.BaseRequestHandler):
             return _messages_reply(batch)
         waiter = _WaitingGet(self.request, topic, after, limit, room_bytes)
         batch = self.server.store.get(topic, after, limit, room_bytes, waiter)
-        return _messages_reply(batch) if batch.ids else self._wait(waiter, seconds)
+        if batch.ids:
+            return _messages_reply(batch)
+        try:
+            return self._wait(waiter, seconds)
+        except MemoryError as error:  # no reply: a put may be sending one
+            self.server.store.end_wait(waiter)
+            raise ConnectionAbortedError("out of memory") from error
 
     def _wait(self, waiter: _WaitingGet, seconds: float) -> _Bytes:
         end = time.monotonic() + seconds
@@ -1421,7 +1438,7 @@ class _Handler(socketserver.BaseRequestHandler):
         # rest that is on its way.
         seconds = CLOSE_SECONDS if self.server.stopping.is_set() else STALL_SECONDS
         while not waiter.woken.acquire(timeout=seconds):
-            if not waiter.rest:
+            if not waiter.finishing:
                 raise ConnectionAbortedError("a reply was begun and never finished")
         return waiter.rest
 

@@ -589,6 +589,11 @@ def cluster(new_clusters: NewClusters) -> list[Redis]:
     return nodes
 
 
+def count_threads() -> int:
+    """All that run Python, also those the module threading did not start."""
+    return len(sys._current_frames())
+
+
 def eventually(true: Callable[[], bool]) -> None:
     """Waits until it is true."""
     end = time.monotonic() + PATIENCE_SECONDS
@@ -1345,31 +1350,99 @@ def test_a_waiting_reader_that_does_not_read_its_reply_is_dropped(
 ) -> None:
     monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
     server = start_server()
-    reader, writer = raw(server.port), raw(server.port)
-    begin_waits(server, [reader])
+    writer = raw(server.port)
+    writer.ask(action="hello")
+    threads = count_threads()
+    begin_waits(server, [raw(server.port)])
     writer.ask(action="put", topic="t", messages=[LONG])
     eventually(lambda: len(server.inner.connections) == 1)
-    eventually(lambda: not [t for t in threading.enumerate() if t.name == "dsmq rest"])
+    eventually(lambda: count_threads() <= threads)
+
+
+def fail_to_start(patch: pytest.MonkeyPatch, name: str, error: bool = True) -> None:
+    """No thread for the job of that name; without `error` it dies before it begins."""
+    start = dsmq._start_thread
+
+    def start_thread(job: Callable[..., object], *arguments: Any) -> None:
+        if job.__name__ != name:
+            start(job, *arguments)
+        elif error:
+            raise RuntimeError("can't start new thread")
+
+    patch.setattr(dsmq, "_start_thread", start_thread)
 
 
 def test_a_waiting_reader_is_reached_though_no_thread_is_to_be_had(
     server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     putter, getter = connect(), connect()
-    start = threading.Thread.start
-
-    def fail(thread: threading.Thread) -> None:
-        if thread.name == "dsmq rest":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(getter.get_wait, "t", PATIENCE_SECONDS)
         eventually(lambda: "t" in server.store._topics)
-        monkeypatch.setattr(threading.Thread, "start", fail)
+        fail_to_start(monkeypatch, "_finish")
         with within(4):
             putter.put("t", LONG)
             assert waiting.result(PATIENCE_SECONDS) == LONG
+
+
+def test_a_thread_that_dies_before_it_begins_costs_one_connection(
+    server: Server, raw: Callable[[int], Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers, writer = [raw(server.port) for _ in range(2)], raw(server.port)
+    begin_waits(server, readers, 0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(dsmq, "STALL_SECONDS", 0.2)
+        fail_to_start(patch, "_finish", error=False)
+        writer.ask(action="put", topic="t", messages=[LONG])
+        for reader in readers:
+            assert reader.receive() is None
+    readers = [raw(server.port) for _ in range(2)]
+    for reader in readers:
+        reader.send_body(b'{"action":"get","topic":"u","after":0,"wait":20}')
+    writer.ask(action="put", topic="u", messages=["x"])
+    for reader in readers:
+        assert (reader.receive() or {})["messages"] == ["x"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_wait_without_memory_ends_the_connection_and_gets_no_second_reply(
+    server: Server,
+    raw: Callable[[int], Raw],
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
+) -> None:
+    reader, writer = raw(server.port), raw(server.port)
+    writer.ask(action="hello")
+
+    def hear(connection: dsmq._Connection, seconds: float) -> bool:
+        if late:
+            writer.ask(action="put", topic="t", messages=["x"])
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dsmq._Connection, "hear", hear)
+        reader.send_body(b'{"action":"get","topic":"t","after":0,"wait":20}')
+        if late:
+            assert (reader.receive() or {})["messages"] == ["x"]
+        assert reader.receive() is None
+    assert not server.store._topics or not server.store._topics["t"].waiters
+    assert writer.ask(action="put", topic="t", messages=["y"])["head"]
+
+
+def test_a_put_without_memory_to_pass_it_on_is_acknowledged_once(
+    server: Server, raw: Callable[[int], Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = raw(server.port), raw(server.port)
+    begin_waits(server, [reader])
+
+    def deliver(server: dsmq._Server, *batch: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dsmq._Server, "deliver", deliver)
+    head = writer.ask(action="put", topic="t", messages=["x"])["head"]
+    assert writer.receive() is None
+    again = raw(server.port).ask(action="get", topic="t", after=head - 1)
+    assert again["messages"] == ["x"]
 
 
 def test_a_pair_of_client_and_sequence_is_stored_once(
@@ -1434,6 +1507,7 @@ def test_a_client_that_does_not_read_is_dropped_and_holds_up_nobody(
     request = dsmq.encode_frame(b'{"action":"get","topic":"t","after":0}')
     greedy = raw(server.port)
     greedy.sock.sendall(request * 50)
+    eventually(lambda: len(server.inner.connections) == 2)
     with within(10):
         for _ in range(20):
             writer.ask(action="put", topic="t", messages=["y"])
@@ -2028,14 +2102,14 @@ def test_a_forgotten_client_leaves_nothing_behind(connect: Connect) -> None:
     witness = connect()
     dsmq.connect(*connect.address).close()  # all of the server's are there now
     eventually(lambda: count_clients(witness) == 1)
-    threads = threading.active_count()
+    threads = count_threads()
     for _ in range(20):
         mq = dsmq.connect(*connect.address)
         mq.put("t", "x")
         del mq
     gc.collect()
     eventually(lambda: count_clients(witness) == 1)
-    eventually(lambda: threading.active_count() <= threads)
+    eventually(lambda: count_threads() <= threads)
 
 
 def count_clients(witness: Client) -> int:
@@ -2998,15 +3072,8 @@ def test_a_server_without_threads_refuses_and_serves_again(
     server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = connect()
-    start = threading.Thread.start
-
-    def fail(thread: threading.Thread) -> None:
-        if "process_request" in thread.name:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        fail_to_start(patch, "process_request_thread")
         with pytest.raises(ConnectionRefusedError, match="no thread left"):
             connect(timeout=0.3)
         first.put("t", "x")
@@ -3046,7 +3113,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(connect: Connect) -> None
     clients = 3 if connect.engine == "cluster" else 1  # its connections to each node
     rounds = CYCLES if connect.engine == "dsmq" else CYCLES // 5
     cycle(rounds // 5)
-    threads, files = threading.active_count(), descriptors()
+    threads, files = count_threads(), descriptors()
     tracemalloc.start()
     cycle(10)
     before = tracemalloc.get_traced_memory()[0]
@@ -3054,7 +3121,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(connect: Connect) -> None
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    eventually(lambda: threading.active_count() <= threads)
+    eventually(lambda: count_threads() <= threads)
     assert descriptors() <= files
     assert grown < 100_000
 
@@ -3320,6 +3387,7 @@ def test_secret_and_tls_together_over_the_command_line(
 def test_shutdown_answers_wakes_everyone_frees_the_port_and_returns_soon(
     start_server: StartServer, connect: Connect
 ) -> None:
+    threads = count_threads()
     server = start_server()
     mq, others = connect(server.port), [connect(server.port) for _ in range(5)]
     for other in others:
@@ -3337,8 +3405,7 @@ def test_shutdown_answers_wakes_everyone_frees_the_port_and_returns_soon(
         for one in waiting:
             with pytest.raises(ConnectionError):
                 one.result(PATIENCE_SECONDS)
-    names = [t.name for t in threading.enumerate()]
-    eventually(lambda: not [n for n in names if "process_request_thread" in n] or True)
+    eventually(lambda: count_threads() <= threads)
 
 
 def test_a_server_can_be_started_again_on_the_port_at_once(
