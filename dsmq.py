@@ -149,7 +149,7 @@ CLOSE_SECONDS = 0.3  # for connections to end by themselves when the server stop
 POLL_SECONDS = 0.1  # between looks whether the server should stop
 RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles
 MAX_RETRY_PAUSE_SECONDS = 0.25  # so a server started at the same moment is found soon
-CROWD_PAUSE_SECONDS = 0.001  # between replies to readers of whom several wait
+CROWD_PAUSE_SECONDS = 0.002  # between replies to readers of whom several wait
 
 PEER_LOG_LINES = 10  # a second, of what peers do wrong
 PURGE_SECONDS = 0.5  # between looks for expired messages
