@@ -2366,6 +2366,8 @@ def _reply_integer(reply: dict[str, Any], field: str) -> int:
 def _reply_messages(reply: dict[str, Any], after: int, now: float) -> _Messages:
     ids, texts = reply.get("ids"), reply.get("messages")
     expires = reply.get("expires", 0)
+    if ids == [] == texts:  # the commonest of all
+        return [], [], now
     if (
         isinstance(ids, list)
         and isinstance(texts, list)
