@@ -123,10 +123,8 @@ MIN_FRAME_BYTES = 1000  # below it the server's own replies and errors do not fi
 MAX_PUT_MESSAGES = 100_000  # stored in one go, in which others wait: 0.2 s
 MAX_CLIENTS = 10_000  # connections, a thread each
 MAX_TOPIC_CHARACTERS = 1000
-MIN_INTEGER, MAX_INTEGER = (
-    -(1 << 63),
-    (1 << 63) - 1,
-)  # SQLite's, and most other languages' widest
+MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
+MIN_INTEGER = -MAX_INTEGER - 1
 MAX_NAME_CHARACTERS = 256  # of a `client` or `nonce` field, which the server keeps
 ENVELOPE_BYTES = 128  # of a reply around its messages and ids
 PUT_ENVELOPE_BYTES = 180  # of a client's put around its topic and messages
