@@ -1422,9 +1422,8 @@ def test_a_wait_without_memory_ends_the_connection_and_gets_no_second_reply(
     with monkeypatch.context() as patch:
         patch.setattr(dsmq._Connection, "hear", hear)
         reader.send_body(b'{"action":"get","topic":"t","after":0,"wait":20}')
-        if late:
-            assert (reader.receive() or {})["messages"] == ["x"]
-        assert reader.receive() is None
+        replies = list(iter(reader.receive, None))
+    assert [r["messages"] for r in replies] in ([], [["x"]] if late else [])
     assert not server.store._topics or not server.store._topics["t"].waiters
     assert writer.ask(action="put", topic="t", messages=["y"])["head"]
 
