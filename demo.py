@@ -6,9 +6,9 @@ Copy from here: `serve` is a process target, `connect` gives a client, and every
 receives every message that was put after it connected.
 """
 
-import multiprocessing
 import sys
 import time
+from multiprocessing import Process
 
 from dsmq import connect, serve
 
@@ -41,28 +41,22 @@ def get_greetings(name: str) -> None:
 
 
 def main() -> None:
-    # A daemon ends with this process, however that ends.
-    server = multiprocessing.Process(target=serve, args=(HOST, PORT), daemon=True)
+    # Python ends daemons when it ends, also after an exception. If it is killed, the
+    # server notices that, and the others that the server is gone.
+    server = Process(target=serve, args=(HOST, PORT), daemon=True)
+    getters = [Process(target=get_greetings, args=(n,), daemon=True) for n in "AB"]
+    putter = Process(target=put_greetings, args=(5,), daemon=True)
     server.start()
-    mq = connect(HOST, PORT)  # waits until the server is there
-    say(f"server: started on {HOST}, port {PORT}")
-
-    getters = [
-        multiprocessing.Process(target=get_greetings, args=(name,), daemon=True)
-        for name in "AB"
-    ]
-    for getter in getters:
-        getter.start()
-    for _ in getters:  # they would miss what is put before they are connected
-        say(f"getter {mq.get_wait('ready')}: connected")
-
-    putter = multiprocessing.Process(target=put_greetings, args=(5,))
-    putter.start()
-    for process in (putter, *getters):
-        process.join()
-
-    mq.shutdown_server()
-    mq.close()
+    with connect(HOST, PORT) as mq:  # waits until the server is there
+        say(f"server: started on {HOST}, port {PORT}")
+        for getter in getters:
+            getter.start()
+        for _ in getters:  # they would miss what is put before they are connected
+            say(f"getter {mq.get_wait('ready')}: connected")
+        putter.start()
+        for process in (putter, *getters):
+            process.join()
+        mq.shutdown_server()
     server.join()
     say("server: stopped")
 

@@ -1,0 +1,1 @@
+from dsmq import *  # noqa: F403
