@@ -61,7 +61,6 @@ import re
 import select
 import socket
 import socketserver
-import sqlite3
 import struct
 import sys
 import threading
@@ -526,6 +525,8 @@ class MessageStore:
         self.rounds: queue.SimpleQueue[_Topic | None] = queue.SimpleQueue()
         self._clock = clock
         self._lock = threading.Lock()  # guards everything below
+        import sqlite3  # which only a server needs
+
         # Any thread may use it, under the lock. Autocommit: put begins its own
         # transactions. The journal stays on, in memory (0.7 us a put): without it a
         # statement that runs out of memory half-way leaves a broken database.
