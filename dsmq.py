@@ -1168,8 +1168,10 @@ class _Handler(socketserver.BaseRequestHandler):
                 self._waiter = None
                 return True
         self._waiter = None
-        if self.server.store.end_wait(waiter):
-            frames.answer(_NO_MESSAGES)
+        store = self.server.store
+        if store.end_wait(waiter):
+            # There is something, if the wait ends before its topic's next round.
+            frames.answer(_messages_reply(store.get(*waiter[:4])))
         return True
 
     def _answer(self, request: _Fields) -> bytes:
