@@ -607,7 +607,7 @@ class MessageStore:
             if self._db.in_transaction:  # out of memory, SQLite may have ended it
                 self._db.execute("ROLLBACK")
             raise
-        self._young = []
+        self._young.clear()
 
     def _count(self, entry: _Topic, messages: int, cost_bytes: int) -> None:
         """Adds to the accounts (or takes from them) of a topic and of the whole."""
@@ -756,8 +756,8 @@ class MessageStore:
 
     def _call_round(self, entry: _Topic) -> None:
         if not entry.round_due:
-            entry.round_due = True
             self.rounds.put(entry)
+            entry.round_due = True  # not if memory ran out
 
     def take_readers(self, entry: _Topic) -> list[tuple[Waiter, Batch]]:
         """Readers that are to be answered, no longer waiting, and what with."""
@@ -765,15 +765,17 @@ class MessageStore:
         found: dict[tuple[int, int, int], Batch] = {}  # most ask for the same
         with self._lock:
             entry.round_due, entry.next_round = False, self._clock() + 0.002
-            for waiter in list(entry.waiters):
+            for waiter in entry.waiters:
                 # One whose `after` is above the newest id waits for later messages.
                 if waiter.after < entry.newest:
                     place = waiter[1:4]
                     if place not in found:
                         found[place] = self._read(entry, *place)
                     if found[place].ids:  # or all have expired
-                        del entry.waiters[waiter]
                         ready.append((waiter, found[place]))
+            # Not before all is read: one taken out, as memory ran out, had no answer.
+            for waiter, _ in ready:
+                del entry.waiters[waiter]
         return ready
 
     def end_wait(self, waiter: Waiter) -> bool:
@@ -1102,6 +1104,7 @@ class _Handler(socketserver.BaseRequestHandler):
     _expected_proof = ""  # the client's, once it said hello
     _since = 0.0  # as it said there
     _waiter: Waiter | None = None  # of the get that waits, if one does
+    _readers: _Topic | None = None  # whose readers a put has to answer
 
     def handle(self) -> None:
         self._trusted, limit = self.server.secret is None, self.server.max_clients
@@ -1146,9 +1149,15 @@ class _Handler(socketserver.BaseRequestHandler):
             self._plain = b"\\" not in body
             reply = self._answer(decode_object(body))
             del body  # a long one must not stay while the thread waits for the next
-            if reply:
-                self.request.send(reply)
+            try:
+                # A reader that wakes may take this thread's core; the putter goes first.
+                if reply:
+                    self.request.send(reply)
+            finally:
+                if self._readers:
+                    self.server.answer_readers(self._readers)
             del reply  # nor must this
+            self._readers = None
 
     def _heard(self, waiter: Waiter) -> bool:
         """Waits until the get that waits is answered; False if the peer has gone.
@@ -1231,16 +1240,8 @@ class _Handler(socketserver.BaseRequestHandler):
             client = _text(request, "client", 256)
             sequence = _integer(request, "sequence")
             origin = client, sequence, _integer(request, "settled", -MAX_INTEGER - 1)
-        head, entry = self.server.store.put(topic, bodies, origin)
-        reply = encode_frame(b'{"head":%d}' % head)
-        if entry is None:
-            return reply
-        try:
-            # A reader that wakes may take this thread's core; the putter goes first.
-            self.request.send(reply)
-        finally:
-            self.server.answer_readers(entry)
-        return b""
+        head, self._readers = self.server.store.put(topic, bodies, origin)
+        return encode_frame(b'{"head":%d}' % head)
 
     def _bodies(self, messages: object) -> list[bytes]:
         if not isinstance(messages, list) or not messages:
