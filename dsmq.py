@@ -486,6 +486,7 @@ class _Topic:
         self.name = name
         self.key = key  # stands for the name in every row and index entry
         self.newest = 0  # id; answers a reader that has everything without SQL
+        self.gap = 0, 0  # from the first of these ids to the second the topic has none
         self.messages = 0
         self.bytes = TOPIC_OVERHEAD_BYTES + len(name.encode())
         self.waiters: dict[Waiter, None] = {}  # a set that keeps order
@@ -583,6 +584,8 @@ class MessageStore:
             else:
                 self._young += rows
             self._count(entry, len(bodies), cost)
+            if not entry.round_due:  # else most wait at the first gap of the round
+                entry.gap = entry.newest, first - 1
             self.head = entry.newest = first + len(bodies) - 1
             if origin:
                 heads[origin[1]] = self.head
@@ -768,7 +771,10 @@ class MessageStore:
             for waiter in entry.waiters:
                 # One whose `after` is above the newest id waits for later messages.
                 if waiter.after < entry.newest:
-                    place = waiter[1:4]
+                    # Wherever it began to wait in the gap, it reads the same.
+                    low, high = entry.gap
+                    after = high if low <= waiter.after <= high else waiter.after
+                    place = after, waiter.limit, waiter.room_bytes
                     if place not in found:
                         found[place] = self._read(entry, *place)
                     if found[place].ids:  # or all have expired
