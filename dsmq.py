@@ -364,7 +364,7 @@ class FrameSocket:
     def _finish_answer(self, rest: _Bytes) -> None:
         try:
             self._send_rest(rest)
-        except (OSError, MemoryError):
+        except (OSError, ValueError, MemoryError):  # to poll a closed one is the second
             self.shut()  # its own thread closes it
         finally:
             self.sending.release()
