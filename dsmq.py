@@ -566,8 +566,7 @@ class MessageStore:
         before gives that id and nothing else. Raises QueueFull, and DSMQError for a put
         that comes too late: its client has settled it."""
         with self._lock:
-            if self._closed:
-                raise ConnectionAbortedError("the server has stopped")
+            self._check_open()
             now, first = self._clock(), self.head + 1
             heads = self._heads(origin, now) if origin else {}
             if origin and origin[1] in heads:
@@ -729,6 +728,7 @@ class MessageStore:
     def head_before(self, seconds: float) -> int:
         """The newest id of those put longer ago than that; with 0 of all."""
         with self._lock:
+            self._check_open()
             if not seconds:
                 return self.head
             return self._newest_by(self._clock() - seconds, bisect.bisect_left)
