@@ -1964,13 +1964,15 @@ class DSMQClientSideConnection:
         # Half of the time that is left, so that an answer that does not come is told
         # from one that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
-        # A line that breaks now and then may never carry a long reply: less next time,
-        # unless this one gets through.
-        self._read_ahead_bytes = max(budget // 2, 1)
         what = b'"topic":%b,"after":%d,"limit":%d,' % (key, after, limit)
         how = b'"limit_bytes":%d,"wait":%.6f}' % (budget, wait)
         request = encode_frame(b'{"action":"get",', what, how)
-        reply = link.exchange(request, wait)
+        try:
+            reply = link.exchange(request, wait)
+        except OSError:
+            # A line that breaks now and then may never carry a long reply.
+            self._read_ahead_bytes = max(budget // 2, 1)
+            raise
         line = int(2 * link.connection.bytes_per_second)
         if line:
             line = max(min(line, 4 * budget, READ_AHEAD_BYTES), LEAST_READ_AHEAD_BYTES)
