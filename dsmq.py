@@ -1893,6 +1893,14 @@ class DSMQClientSideConnection:
     ) -> bool:
         """Reads messages ahead, waiting for the first: at least as many as are wanted,
         or (None) the newest alone. Whether there were any."""
+        if len(self._cursors) >= self._tidy_at:
+            # Topics of which all that was handed out has expired need no cursor.
+            expired = self._expired(link)
+            with self._lock:
+                if self._server == link.server:  # whose ids these are
+                    cursors = self._cursors.items()
+                    self._cursors = {t: r for t, r in cursors if r.last > expired}
+                    self._tidy_at = 2 * len(self._cursors) + 100
         with self._lock:
             reader = self._cursors.get(topic)
             after = reader.last if reader else self._start
@@ -1918,13 +1926,6 @@ class DSMQClientSideConnection:
                 if reader.next == begin:
                     self._cursors[topic] = new
                     break
-        if len(self._cursors) >= self._tidy_at:
-            # Topics of which all that was handed out has expired need no cursor.
-            expired = self._expired(link)
-            with self._lock:
-                cursors = self._cursors.items()
-                self._cursors = {t: r for t, r in cursors if r.last > expired}
-                self._tidy_at = 2 * len(self._cursors) + 100
         return True
 
     # What another engine does in its own way
