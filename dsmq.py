@@ -1615,6 +1615,7 @@ class DSMQClientSideConnection:
         # For one reply: as much as the line carries in two seconds.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
+        self._turn = 0  # grows with each change of cursors, to tell a signal handler's
         self._tidy_at = 100  # cursors, to look which are needed no more
         self._processes: dict[int, tuple[threading.RLock, set[_Link], list[_Link]]] = {}
         self._begin()
@@ -1752,6 +1753,7 @@ class DSMQClientSideConnection:
             self._start = head if known is None else 0
             self._cursors = {t: r.moved(0) for t, r in self._cursors.items()}
             self._server = name
+            self._turn += 1
 
     def _named(self, error: OSError) -> OSError:
         where = f"{self._engine} at {self._host}:{self._port}"
@@ -1870,16 +1872,16 @@ class DSMQClientSideConnection:
         begin = end = 0
         try:
             with self._lock:
-                reader = self._reader(topic, fetched)
-                while reader.next < len(reader.ids):
+                while True:
+                    turn, reader = self._turn, self._reader(topic, fetched)
                     begin = reader.next
                     end = min(begin + limit, len(reader.ids))
                     texts = reader.texts[begin:end]
-                    if reader.next == begin:  # no signal handler has read meanwhile
+                    if self._turn == turn:  # no signal handler has read meanwhile
+                        self._turn = turn + 1
                         reader.next = end
                         reader.texts[begin:end] = [""] * len(texts)  # memory goes now
                         return texts
-                return []
         except BaseException:
             # Interrupted after the cursor moved: the caller never gets them, so they
             # are still to be handed out.
@@ -1914,8 +1916,7 @@ class DSMQClientSideConnection:
             return False
         with self._lock:
             while self._server == link.server:  # else they are of its predecessor
-                reader = self._reader(topic)
-                begin = reader.next
+                turn, reader = self._turn, self._reader(topic)
                 if wanted is not None:
                     new = reader.extended(ids, texts, expires)
                 elif ids[0] > reader.cursor:
@@ -1923,7 +1924,8 @@ class DSMQClientSideConnection:
                 else:  # another thread has it, or a newer one
                     return False
                 # No call from here on, in which a signal handler could read.
-                if reader.next == begin:
+                if self._turn == turn:
+                    self._turn = turn + 1
                     self._cursors[topic] = new
                     break
         return True
