@@ -1513,8 +1513,8 @@ class _Link:
 
     def shut(self) -> None:
         """Ends the call under way, from another thread."""
-        if self.connection:
-            self.connection.shut()
+        if connection := self.connection:  # which its call may drop meanwhile
+            connection.shut()
 
     def drop(self) -> None:
         """Closes the connection: lost, or with a reply still to come on it."""
@@ -1650,7 +1650,7 @@ class DSMQClientSideConnection:
     def __getstate__(self) -> _Fields:
         own = ("_lock", "_links", "_idle", "_pid")
         state = {k: v for k, v in self.__dict__.items() if k not in own}
-        cursors = {topic: reader.dropped() for topic, reader in self._cursors.items()}
+        cursors = {t: r.dropped() for t, r in [*self._cursors.items()]}
         return {**state, "_cursors": cursors, "_processes": {}}
 
     def __setstate__(self, state: _Fields) -> None:
@@ -2324,7 +2324,7 @@ class _RedisConnection(DSMQClientSideConnection):
     def _look(self, link: _Link) -> None:
         """Notes the clock, and where reading begins, or goes on if data was lost."""
         made, known = link.connection, self._server
-        newest = max([self._start, *(r.last for r in self._cursors.values())])
+        newest = max([self._start, *(r.last for r in [*self._cursors.values()])])
         server, made.looked = self._home(made, b""), time.monotonic()
         seconds, microseconds = server.time()
         made.ahead = seconds + microseconds / 1e6 - made.looked
