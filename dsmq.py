@@ -566,7 +566,8 @@ class MessageStore:
         before gives that id and nothing else. Raises QueueFull, and DSMQError for a put
         that comes too late: its client has settled it."""
         with self._lock:
-            self._check_open()
+            if self._closed:
+                raise ConnectionAbortedError("the server has stopped")
             now, first = self._clock(), self.head + 1
             heads = self._heads(origin, now) if origin else {}
             if origin and origin[1] in heads:
@@ -1156,7 +1157,7 @@ class _Handler(socketserver.BaseRequestHandler):
             reply = self._answer(decode_object(body))
             del body  # a long one must not stay while the thread waits for the next
             try:
-                # A reader that wakes may take this thread's core; the putter goes first.
+                # A reader that wakes may take this core; the putter goes first.
                 if reply:
                     self.request.send(reply)
             finally:
