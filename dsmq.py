@@ -2542,11 +2542,7 @@ def _say(*lines: str) -> None:
 
 def _serve(**limits: Any) -> None:
     """Runs a server."""
-    import signal
-
-    # As Ctrl-C, one of which may come before `serve` is ready for it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), _ended_by_sigterm():  # also early
         serve(verbose=True, **limits)
 
 
