@@ -589,13 +589,11 @@ class MessageStore:
             self.head = entry.newest = first + len(bodies) - 1
             if origin:
                 heads[origin[1]] = self.head
-            if not entry.waiters:
-                return self.head, None
             # Each takes the putter 20 us; a crowd would keep it from its next request.
-            if now >= entry.next_round and len(entry.waiters) <= 8:
-                return self.head, entry
-            self._call_round(entry)
-            return self.head, None
+            few = now >= entry.next_round and len(entry.waiters) <= 8
+            if entry.waiters and not few:
+                self._call_round(entry)
+            return self.head, entry if entry.waiters and few else None
 
     def _insert(self, rows: list[_Row]) -> None:
         """Writes the young rows and these to the database, all or none."""
