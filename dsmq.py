@@ -330,8 +330,8 @@ class FrameSocket:
     def send(self, frame: _Bytes, end: float | None = None) -> None:
         """Sends it all, after what another thread is sending."""
         with self.sending:
-            if rest := self._push(frame):
-                self._send_rest(rest, end)
+            while frame := self._push(frame):
+                self._wait(end or time.monotonic() + STALL_SECONDS, write=True)
 
     def _push(self, frame: _Bytes) -> _Bytes:
         """Sends what the peer takes without waiting; gives the rest."""
@@ -343,11 +343,6 @@ class FrameSocket:
             if _would_wait(error):
                 return frame
             raise
-
-    def _send_rest(self, rest: _Bytes, end: float | None = None) -> None:
-        while rest:
-            self._wait(end or time.monotonic() + STALL_SECONDS, write=True)
-            rest = self._push(rest)
 
     def answer(self, frame: bytes) -> None:
         """Sends the reply for which `sending` is held, from any thread, without waiting
@@ -363,7 +358,8 @@ class FrameSocket:
 
     def _finish_answer(self, rest: _Bytes) -> None:
         try:
-            self._send_rest(rest)
+            while rest := self._push(rest):
+                self._wait(time.monotonic() + STALL_SECONDS, write=True)
         except (OSError, ValueError, MemoryError):  # to poll a closed one is the second
             self.shut()  # its own thread closes it
         finally:
