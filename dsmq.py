@@ -1971,12 +1971,9 @@ class DSMQClientSideConnection:
             # A line that breaks now and then may never carry a long reply.
             self._read_ahead_bytes = max(budget // 2, 1)
             raise
-        line = int(2 * link.connection.bytes_per_second)
-        if line:
-            line = max(min(line, 4 * budget, READ_AHEAD_BYTES), LEAST_READ_AHEAD_BYTES)
-        self._read_ahead_bytes = line or max(
-            budget, min(2 * budget, LEAST_READ_AHEAD_BYTES)
-        )
+        line = int(2 * link.connection.bytes_per_second) or budget  # if it was short
+        line = min(line, 4 * budget, READ_AHEAD_BYTES)
+        self._read_ahead_bytes = max(line, LEAST_READ_AHEAD_BYTES)
         return _reply_messages(reply, after, begun)
 
     def _read_latest(self, link: _Link, key: bytes, after: int) -> _Messages:
