@@ -2348,15 +2348,15 @@ class _RedisConnection(DSMQClientSideConnection):
             return made.client
         return made.client.get_redis_connection(made.client.get_node_from_key(key))
 
-    def _ask(self, key: bytes, ask: Callable[..., _T], link: _Link) -> _T:
-        """What `ask` gets from the server that has the key."""
+    def _ask(self, link: _Link, key: bytes, command: str, *words: Any) -> Any:
+        """What the server that has the key answers."""
         redis: Any = sys.modules["redis"]
         link.ready = False  # until the whole reply is in
         try:
-            reply = ask(self._home(link.connection, key), link.connection)
+            reply = getattr(self._home(link.connection, key), command)(*words)
         except redis.exceptions.AskError:  # or MovedError
             # The cluster's own client goes where it points.
-            reply = ask(link.connection.client, link.connection)
+            reply = getattr(link.connection.client, command)(*words)
         link.ready = True
         return reply
 
@@ -2370,8 +2370,8 @@ class _RedisConnection(DSMQClientSideConnection):
         # As long as this call may send it again.
         remembered = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
         times = [int(s * 1000) for s in (self._time_to_live, remembered)]
-        words = [_REDIS_PUT, len(keys), *keys, link.sequence, *times, *load]
-        self._ask(key, lambda server, made: server.eval(*words), link)
+        words = len(keys), *keys, link.sequence, *times, *load
+        self._ask(link, key, "eval", _REDIS_PUT, *words)
 
     def _read(
         self, link: _Link, key: bytes, after: int, wanted: int, wait: float
@@ -2382,29 +2382,24 @@ class _RedisConnection(DSMQClientSideConnection):
         # Less next time, unless this one gets through.
         self._read_ahead_bytes = max(budget // 2, 1)
 
-        def read(server: Any, made: Any, begin: bytes) -> list[Any]:
-            block = int(min(wait, made.seconds / 2, MAX_WAIT_SECONDS) * 1000)
-            streams = server.xread({key: begin}, count, max(block, 1) if wait else None)
-            return streams[0][1] if streams else []
-
-        messages = self._live(link, key, after, read)
+        seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
+        block = max(int(seconds * 1000), 1) if wait else None
+        streams = {key: self._place(link, after)}
+        found = self._ask(link, key, "xread", streams, count, block)
         self._read_ahead_bytes = min(2 * budget, FIRST_READ_AHEAD_BYTES)
-        return messages
+        return self._messages(link, found[0][1] if found else [])
 
     def _read_latest(self, link: _Link, key: bytes, after: int) -> _Messages:
-        def read(server: Any, made: Any, begin: bytes) -> Any:
-            return server.xrevrange(key, "+", b"(" + begin, 1)
+        place = b"(" + self._place(link, after)
+        return self._messages(
+            link, self._ask(link, key, "xrevrange", key, "+", place, 1)
+        )
 
-        return self._live(link, key, after, read)
+    def _place(self, link: _Link, after: int) -> bytes:
+        """The id, or that of the last that has expired, as Redis writes it."""
+        return b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
 
-    def _live(
-        self, link: _Link, key: bytes, after: int, read: Callable[..., Any]
-    ) -> _Messages:
-        """What `read` finds after an id, and after what has expired."""
-        made = link.connection
-        begin = max(after, self._expired(link))
-        place = b"%d-%d" % divmod(begin, _REDIS_ID)
-        rows = self._ask(key, lambda server, made: read(server, made, place), link)
+    def _messages(self, link: _Link, rows: list[Any]) -> _Messages:
         if not rows:
             return [], [], 0.0
         if not link.server:
@@ -2412,7 +2407,8 @@ class _RedisConnection(DSMQClientSideConnection):
         ids = [_redis_id(id_) for id_, _ in rows]
         texts = [fields[b"message"] for _, fields in rows]
         self._mean_bytes = sum(map(len, texts)) // len(texts) + 1
-        expires = ids[0] // _REDIS_ID / 1000 + self._time_to_live - made.ahead
+        expires = ids[0] // _REDIS_ID / 1000 + self._time_to_live
+        expires -= link.connection.ahead
         return ids, [text.decode(errors="replace") for text in texts], expires
 
     def _expired(self, link: _Link) -> int:
