@@ -275,7 +275,7 @@ class FrameSocket:
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
         self.bytes_per_second = 0.0  # at which the last frame came; 0 if it was short
-        self.unread = b""
+        self.unread = b""  # came already, for `receive`
         self.sending = threading.Lock()  # a frame's bytes stay together
         # In the TLS layer there may be but one thread, so there both are the same.
         self._reading, self._writing = threading.Lock(), threading.Lock()
@@ -434,14 +434,6 @@ class FrameSocket:
                 return
         if end is not None:
             raise TimeoutError("timed out")
-
-    def arrives(self, end: float) -> bool:
-        """Whether the peer's next bytes, or its end, come in time, for `receive`."""
-        try:
-            self.unread = self.unread or self.some(4096, end)
-        except TimeoutError:
-            return False
-        return True
 
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
         """Ends the conversation from any thread; the one using the socket finds out."""
@@ -1168,7 +1160,8 @@ class _Handler(socketserver.BaseRequestHandler):
         faster.
         """
         frames = self.request
-        if frames.arrives(waiter.end):
+        with contextlib.suppress(TimeoutError):
+            frames.unread = frames.unread or frames.some(4096, waiter.end)
             if not frames.unread:
                 return False
             # A peer that asks ahead has to be patient.
