@@ -1499,11 +1499,6 @@ class _Link:
             raise kind(str(reply["error"]))
         return reply
 
-    def shut(self) -> None:
-        """Ends the call under way, from another thread."""
-        if connection := self.connection:  # which its call may drop meanwhile
-            connection.shut()
-
     def drop(self) -> None:
         """Closes the connection: lost, or with a reply still to come on it."""
         self.ready, self.server = False, ""
@@ -2014,7 +2009,8 @@ class DSMQClientSideConnection:
             self._begin()
         self._closed = True
         for link in list(self._links):
-            link.shut()
+            if connection := link.connection:  # which its call may drop meanwhile
+                connection.shut()
         with contextlib.suppress(IndexError):  # once there is none
             while True:
                 self._idle.pop().drop()
