@@ -1512,26 +1512,24 @@ class _Link:
 class _Reader:
     """A topic's cursor, and the messages after it that have been read already.
 
-    `next` counts those handed out. To hand some out is to move `next`, in one store of
-    one attribute: an interrupt comes before or after it.
+    The first of `ids` is where it began; `next` is the place of the first not handed
+    out. To hand some out is to move `next`, in one store of one attribute: an interrupt
+    comes before or after it.
     """
 
-    __slots__ = "_after", "expires", "ids", "last", "next", "texts"
+    __slots__ = "expires", "ids", "next", "texts"
 
     def __init__(
         self, after: int, ids: list[int], texts: list[str], expires: float
     ) -> None:
-        self._after = after
-        self.ids = ids
-        self.texts = texts
+        self.ids, self.texts = [after, *ids], ["", *texts]
         self.expires = expires  # monotonic time at which the oldest unread expires
-        self.next = 0
-        self.last = ids[-1] if ids else after  # the id to read on from
+        self.next = 1
 
     @property
     def cursor(self) -> int:
         """The id of the last message handed out, or where the reader began."""
-        return self.ids[self.next - 1] if self.next else self._after
+        return self.ids[self.next - 1]
 
     def dropped(self) -> _Reader:
         return _Reader(self.cursor, [], [], math.inf)
@@ -1542,8 +1540,8 @@ class _Reader:
         return _Reader(after, [after] * len(unread), unread, self.expires)
 
     def extended(self, ids: list[int], texts: list[str], expires: float) -> _Reader:
-        """With the messages not in it yet, of a read that began at or before `last`."""
-        known = bisect.bisect_right(ids, self.last)
+        """With the messages not in it yet, of a read that began within it or before."""
+        known = bisect.bisect_right(ids, self.ids[-1])
         unread = slice(self.next, None)
         if self.next < len(self.ids):
             expires = min(expires, self.expires)
@@ -1884,11 +1882,11 @@ class DSMQClientSideConnection:
             with self._lock:
                 if self._server == link.server:  # whose ids these are
                     cursors = self._cursors.items()
-                    self._cursors = {t: r for t, r in cursors if r.last > expired}
+                    self._cursors = {t: r for t, r in cursors if r.ids[-1] > expired}
                     self._tidy_at = 2 * len(self._cursors) + 100
         with self._lock:
             reader = self._cursors.get(topic)
-            after = reader.last if reader else self._start
+            after = reader.ids[-1] if reader else self._start
             if reader and wanted is None:
                 after = reader.cursor
         if wanted is None:
@@ -2305,7 +2303,7 @@ class _RedisConnection(DSMQClientSideConnection):
     def _look(self, link: _Link) -> None:
         """Notes the clock, and where reading begins, or goes on if data was lost."""
         made, known = link.connection, self._server
-        newest = max([self._start, *(r.last for r in [*self._cursors.values()])])
+        newest = max([self._start, *(r.ids[-1] for r in [*self._cursors.values()])])
         server, made.looked = self._home(made, b""), time.monotonic()
         seconds, microseconds = server.time()
         made.ahead = seconds + microseconds / 1e6 - made.looked
