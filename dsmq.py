@@ -1774,8 +1774,31 @@ class DSMQClientSideConnection:
         key = self._key(topic)
         room_bytes = self._max_frame_bytes - ENVELOPE_BYTES - len(key)
         # All are checked before one goes.
-        for load in _loads(msgs, room_bytes, self._encode, self._message_bytes):
+        for load in self._loads(msgs, room_bytes):
             self._call(partial(self._store, key, load))
+
+    def _loads(self, msgs: Iterable[str], room_bytes: int) -> list[list[bytes]]:
+        """The messages, encoded, in loads that take up to `room_bytes` in a request."""
+        loads: list[list[bytes]] = []
+        left, each_bytes = 0, self._message_bytes
+        for msg in msgs:
+            if not isinstance(msg, str):
+                raise TypeError(
+                    f"a message must be a str, not {_shown(msg)}: json.dumps makes one"
+                    " of most things, base64.b64encode(...).decode() of bytes"
+                )
+            body = self._encode(msg)
+            if len(body) > room_bytes:
+                raise ValueError(
+                    f"the message {_shown(msg)} takes {len(body)} bytes, but"
+                    f" {room_bytes} fit into a frame of the server"
+                )
+            if left < len(body) + each_bytes or len(loads[-1]) >= MAX_PUT_MESSAGES:
+                loads.append([])
+                left = room_bytes + each_bytes
+            loads[-1].append(body)
+            left -= len(body) + each_bytes
+        return loads
 
     # Reading
 
@@ -2081,35 +2104,6 @@ def _reply_messages(reply: _Fields, after: int, now: float) -> _Messages:
     ):
         return ids, texts, now + expires
     raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
-
-
-def _loads(
-    msgs: Iterable[str],
-    room_bytes: int,
-    encode: Callable[[str], bytes],
-    each_bytes: int,
-) -> list[list[bytes]]:
-    """The messages, encoded, in loads that take up to `room_bytes` in a request."""
-    loads: list[list[bytes]] = []
-    left = 0
-    for msg in msgs:
-        if not isinstance(msg, str):
-            raise TypeError(
-                f"a message must be a str, not {_shown(msg)}: json.dumps makes one of"
-                " most things, base64.b64encode(...).decode() of bytes"
-            )
-        body = encode(msg)
-        if len(body) > room_bytes:
-            text = (
-                f"the message {_shown(msg)} takes {len(body)} bytes, but {room_bytes}"
-            )
-            raise ValueError(f"{text} fit into a frame of the server")
-        if left < len(body) + each_bytes or len(loads[-1]) >= MAX_PUT_MESSAGES:
-            loads.append([])
-            left = room_bytes + each_bytes
-        loads[-1].append(body)
-        left -= len(body) + each_bytes
-    return loads
 
 
 def connect(
