@@ -811,10 +811,8 @@ class MessageStore:
             oldest = self._clock() - max(self.time_to_live, REMEMBERED_SECONDS)
             while self._recent and next(iter(self._recent.values()))[0] < oldest:
                 del self._recent[next(iter(self._recent))]
-            few = (
-                self.head - self._purged <= STEP_MESSAGES and self._bytes <= STEP_BYTES
-            )
-            if few and self._db.execute("PRAGMA freelist_count").fetchone()[0] > 4096:
+            free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]
+            if free_pages > 4096 and self._bytes <= STEP_BYTES:
                 self._insert([])
                 self._db.execute("VACUUM")  # milliseconds
                 # glibc unasked keeps what threads other than the first have freed.
