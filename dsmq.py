@@ -137,7 +137,7 @@ LEAST_READ_AHEAD_BYTES = 8192  # ... and over the slowest that is of use
 class DSMQError(Exception):
     """The root of dsmq's own errors: the server refused, for the reason it names."""
 
-    code = "stale"  # in the reply to the client
+    code = "stale"  # in the reply to the client: a put that comes after later ones
 
 
 class QueueFull(DSMQError):
@@ -1140,15 +1140,16 @@ class _Handler(socketserver.BaseRequestHandler):
             self._plain = b"\\" not in body
             reply = self._answer(decode_object(body))
             del body  # a long one must not stay while the thread waits for the next
-            try:
-                # A reader that wakes may take this core; the putter goes first.
-                if reply:
-                    self.request.send(reply)
-            finally:
-                if self._readers:
-                    self.server.answer_readers(self._readers)
+            readers, self._readers = self._readers, None
+            if readers:
+                # A reader that wakes may take this core, so the putter goes first; but
+                # it must not keep them waiting if it does not read.
+                self.request.sending.acquire()
+                self.request.answer(reply)
+                self.server.answer_readers(readers)
+            elif reply:
+                self.request.send(reply)
             del reply  # nor must this
-            self._readers = None
 
     def _heard(self, waiter: Waiter) -> bool:
         """Waits until the get that waits is answered; False if the peer has gone.
@@ -1162,7 +1163,8 @@ class _Handler(socketserver.BaseRequestHandler):
             frames.unread = frames.unread or frames.some(4096, waiter.end)
             if not frames.unread:
                 return False
-            # A peer that asks ahead has to be patient.
+            # A peer that asks ahead has to be patient. Whoever answers its get releases
+            # what `_get` has acquired.
             left = max(waiter.end - time.monotonic(), 0)
             if frames.sending.acquire(timeout=left):
                 frames.sending.release()
@@ -1895,8 +1897,8 @@ class DSMQClientSideConnection:
     def _fetch(
         self, topic: str, key: bytes, wait: float, wanted: int | None, link: _Link
     ) -> bool:
-        """Reads messages ahead, waiting for the first: at least as many as are wanted,
-        or (None) the newest alone. Whether there were any."""
+        """Reads messages ahead, waiting for the first: as many as seems good (wanted is
+        0), at least so many, or the newest alone (None). Whether there were any."""
         if len(self._cursors) >= self._tidy_at:
             # Topics of which all that was handed out has expired need no cursor.
             expired = self._expired(link)
@@ -2536,8 +2538,6 @@ def _put(topic: str, *messages: str, **where: Any) -> None:
 
 def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
     """Prints the messages of topics as they come."""
-    import queue
-
     count, timeout = where.pop("count", math.inf), where.pop("timeout", math.inf)
     told = where.pop("verbose", sys.stderr and sys.stderr.isatty())
     _check_number("timeout", timeout, 0, math.inf)
