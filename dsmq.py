@@ -966,8 +966,9 @@ class _Server(socketserver.ThreadingTCPServer):
                         return
                 self.store.tidy()
             except Exception:  # try again: without this thread nothing ever expires
-                if not self.stopping.is_set():
-                    _log.exception("purging failed")
+                with contextlib.suppress(MemoryError):
+                    if not self.stopping.is_set():
+                        _log.exception("purging failed")
 
     def _hold_rounds(self) -> None:
         """The thread that answers the readers who wait for their topic's round."""
@@ -976,7 +977,8 @@ class _Server(socketserver.ThreadingTCPServer):
             try:
                 self.answer_readers(entry)
             except Exception:  # out of memory; but others wait for their rounds
-                _log.exception("a round failed")
+                with contextlib.suppress(MemoryError):
+                    _log.exception("a round failed")
 
     def answer_readers(self, entry: _Topic) -> None:
         """Those at the same place get the same reply, made once."""
@@ -1019,6 +1021,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def shutdown_request(self, request: Any) -> None:
         request.shut()  # a forked child may have it too, and then closing ends nothing
+        request.sending.acquire(timeout=1.0)  # or who sends might meet another's socket
         request.close()
         with self._gate:
             self.connections.discard(request)
@@ -1116,8 +1119,8 @@ class _Handler(socketserver.BaseRequestHandler):
         except OSError as error:  # vanished, stalled, or does not read
             self.server.note(logging.INFO, "closing %s: %s", self.request.peer, error)
         finally:
-            if self._waiter:
-                self.server.store.end_wait(self._waiter)
+            if self._waiter and self.server.store.end_wait(self._waiter):
+                self.request.sending.release()
 
     def _say_goodbye(self, code: str, text: str) -> None:
         """Then reads until the peer closes: bytes left unread would reset the
@@ -1469,16 +1472,17 @@ class _Link:
     the server can tell a put sent again from a new one.
     """
 
+    sequence = 0
+    end = 0.0  # of the call under way, a monotonic time
+    connection: Any = None  # a FrameSocket, or what another engine dials
+    server = ""  # the name of the one at the other end
+    fresh = False  # made by the call under way
+    # Not so from before a request until its reply is in: wherever an interrupt strikes,
+    # no later request can meet an earlier one's reply.
+    ready = False
+
     def __init__(self) -> None:
         self.name = os.urandom(16).hex().encode()
-        self.sequence = 0
-        self.end = 0.0  # of the call under way, a monotonic time
-        self.connection: Any = None  # a FrameSocket, or what another engine dials
-        self.server = ""  # the name of the one at the other end
-        self.fresh = False  # made by the call under way
-        # Not so from before a request until its reply is in: wherever an interrupt
-        # strikes, no later request can meet an earlier one's reply.
-        self.ready = False
 
     def exchange(self, request: bytes, wait: float = 0.0) -> _Fields:
         """The server's reply to a request, which it may let wait so many seconds."""
@@ -1510,6 +1514,9 @@ class _Link:
     __del__ = drop  # a client that was never closed gives no ResourceWarning
 
 
+_Links = set["weakref.ref[_Link]"]
+
+
 class _Reader:
     """A topic's cursor, and the messages after it that have been read already.
 
@@ -1528,6 +1535,10 @@ class _Reader:
         self.next = 1
 
     @property
+    def has_unread(self) -> bool:
+        return self.next < len(self.ids)
+
+    @property
     def cursor(self) -> int:
         """The id of the last message handed out, or where the reader began."""
         return self.ids[self.next - 1]
@@ -1544,7 +1555,7 @@ class _Reader:
         """With the messages not in it yet, of a read that began within it or before."""
         known = bisect.bisect_right(ids, self.ids[-1])
         unread = slice(self.next, None)
-        if self.next < len(self.ids):
+        if self.has_unread:
             expires = min(expires, self.expires)
         ids, texts = self.ids[unread] + ids[known:], self.texts[unread] + texts[known:]
         return _Reader(self.cursor, ids, texts, expires)
@@ -1599,7 +1610,7 @@ class DSMQClientSideConnection:
         self._cursors: dict[str, _Reader] = {}
         self._turn = 0  # grows with each change of cursors, to tell a signal handler's
         self._tidy_at = 100  # cursors, to look which are needed no more
-        self._processes: dict[int, tuple[threading.RLock, set[_Link], list[_Link]]] = {}
+        self._processes: dict[int, tuple[threading.RLock, _Links, list[_Link]]] = {}
         self._begin()
         self._call(lambda link: None)
 
@@ -1616,12 +1627,15 @@ class DSMQClientSideConnection:
         own = self._processes.setdefault(pid, (threading.RLock(), set(), []))
         # The lock guards cursors, `_server` and `_start`; it is not held while talking
         # to the server. Reentrant, because a signal handler may use the client, too.
-        self._lock, self._links, self._idle = own  # connections: all, those not in use
+        # Connections: all (weakly, or one lost to an interrupt between two lines of
+        # `_call` would stay open), and those not in use.
+        self._lock, self._links, self._idle = own
         self._pid = pid
         for other in set(self._processes) - {pid}:
             # The parent's connections are closed here, but not shut down.
-            for link in self._processes.pop(other, own)[1] - own[1]:
-                link.drop()
+            for reference in self._processes.pop(other, own)[1] - own[1]:
+                if link := reference():
+                    link.drop()
 
     def _check_usable(self) -> None:
         if self._pid != os.getpid():
@@ -1646,11 +1660,12 @@ class DSMQClientSideConnection:
         until `timeout` has passed."""
         if self._closed or self._pid != os.getpid():
             self._check_usable()
-        pause = RETRY_PAUSE_SECONDS
+        pause, failure = RETRY_PAUSE_SECONDS, None
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
         except IndexError:
-            self._links.add(link := _Link())
+            link = _Link()
+            self._links.add(weakref.ref(link, self._links.discard))
         link.sequence += 1  # once for all tries, so that the server knows a put again
         link.end = time.monotonic() + self._timeout
         try:
@@ -1681,7 +1696,7 @@ class DSMQClientSideConnection:
                 self._idle.append(link)
             else:  # many threads called at the same moment, and may not again
                 link.drop()
-                self._links.discard(link)
+            failure = None  # whose traceback leads back here
 
     def _dial(self, link: _Link) -> None:
         """Connects a link; begins anew if it finds another server than before.
@@ -1906,7 +1921,9 @@ class DSMQClientSideConnection:
             with self._lock:
                 if self._server == link.server:  # whose ids these are
                     cursors = self._cursors.items()
-                    self._cursors = {t: r for t, r in cursors if r.ids[-1] > expired}
+                    self._cursors = {
+                        t: r for t, r in cursors if r.ids[-1] > expired or r.has_unread
+                    }
                     self._tidy_at = 2 * len(self._cursors) + 100
         with self._lock:
             reader = self._cursors.get(topic)
@@ -2030,8 +2047,9 @@ class DSMQClientSideConnection:
         if self._pid != os.getpid():
             self._begin()
         self._closed = True
-        for link in list(self._links):
-            if connection := link.connection:  # which its call may drop meanwhile
+        for reference in list(self._links):
+            link = reference()
+            if link and (connection := link.connection):  # which its call may drop
                 connection.shut()
         with contextlib.suppress(IndexError):  # once there is none
             while True:
@@ -2050,16 +2068,19 @@ def _connected(host: str, port: int, end: float) -> FrameSocket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:  # of the encoding of names
         raise ValueError(f"host {_shown(host)} cannot be a name: {error}") from None
-    failure: OSError = TimeoutError("timed out")
-    for *_, address in found:
-        left = min(end - time.monotonic(), LONGEST_SECONDS)
-        if left > 0:
-            try:
-                sock = socket.create_connection((str(address[0]), port), left)
-                return FrameSocket(sock, MAX_FRAME_BYTES)
-            except OSError as error:
-                failure = error
-    raise failure
+    failure: OSError | None = None
+    try:
+        for *_, address in found:
+            left = min(end - time.monotonic(), LONGEST_SECONDS)
+            if left > 0:
+                try:
+                    sock = socket.create_connection((str(address[0]), port), left)
+                    return FrameSocket(sock, MAX_FRAME_BYTES)
+                except OSError as error:
+                    failure = error
+        raise failure or TimeoutError("timed out")
+    finally:
+        failure = None  # whose traceback leads back here
 
 
 def _client_context(tls: _TLS) -> ssl.SSLContext:
