@@ -74,7 +74,7 @@ on_redis = engines("redis")
 # For long runs by hand: DSMQ_CUTS=100000 pytest -k many_cuts; the others are for -k
 # writers_put, killed, fault, connected_and_no and nothing_behind.
 KNOBS = {"CUTS": "1000", "CROWD": "4,250,2", "RESTARTS": "3", "FUZZ_SECONDS": "0"}
-KNOBS |= {"ROUNDS": "", "CYCLES": "150"}
+KNOBS |= {"ROUNDS": "", "CYCLES": "100"}
 KNOBS = {name: os.environ.get(f"DSMQ_{name}", usual) for name, usual in KNOBS.items()}
 
 
@@ -386,7 +386,7 @@ class Proxy:
                 for source in select.select([near, far], [], [])[0]:
                     sink, way = (far, 0) if source is near else (near, 1)
                     slow = way and self.bytes_per_second < math.inf
-                    if not (data := source.recv(2000 if slow else 65536)):
+                    if not (data := source.recv(4000 if slow else 65536)):
                         return
                     self.flowing.wait()
                     if number <= self.forgotten:
@@ -1073,7 +1073,7 @@ def test_every_client_reads_every_message_at_its_own_pace(connect: Connect) -> N
 def test_a_client_sees_all_put_after_it_connected_and_no_more(
     connect: Connect, monkeypatch: Patch
 ) -> None:
-    putter, rounds = connect(), {"dsmq": 200, "redis": 120, "cluster": 40}
+    putter, rounds = connect(), {"dsmq": 120, "redis": 100, "cluster": 20}
     real = time.time_ns
     for i in range(int(KNOBS["ROUNDS"] or rounds[connect.engine])):
         step = (0, 86400, -86400)[i % 3] * 10**9  # of this process's clock
@@ -1148,7 +1148,12 @@ def test_put_many_of_more_than_a_frame_goes_in_several(connect: Connect) -> None
 
 @everywhere
 def test_a_waiting_reader_wakes_within_milliseconds(connect: Connect) -> None:
-    putter, getter, listener = connect(), connect(), connect().listen("t")
+    putter, getter, late, listener = (
+        connect(),
+        connect(),
+        connect(),
+        connect().listen("t"),
+    )
     delays = []
     for text in numbers(41):
         waiting = begin(lambda: (getter.get_wait("t", 20), time.monotonic()))
@@ -1156,6 +1161,7 @@ def test_a_waiting_reader_wakes_within_milliseconds(connect: Connect) -> None:
         time.sleep(0.01 * (int(text) % 2))  # so that they wait on the server
         put_at = time.monotonic()
         putter.put("t", text)
+        assert late.get_wait("t", 0.001) == text  # be the others' round still to come
         got, woken_at = waiting()
         assert got == listening() == text
         delays.append(woken_at - put_at)
@@ -1552,12 +1558,11 @@ def test_a_cut_at_any_byte_loses_and_repeats_nothing(
     proxy: Proxy, connect: Connect, name: str, way: int
 ) -> None:
     one, expected, left, stored = CUT[name]
-    witness = connect()
+    witness, mq = connect(), connect(proxy.port)
     # To Redis a put is long, for it brings its script along; so is what it tells.
     long = name in ("put", "put_many", "stats")
-    steps = {"dsmq": 1 if name in ("put", "get") else 3, "redis": 61 if long else 7}
+    steps = {"dsmq": 1 if name in ("put", "get") else 4, "redis": 61 if long else 7}
     for count in itertools.count(1, steps[connect.engine]):
-        mq = connect(proxy.port)
         witness.put_many("t", ["1", "2"])
         cuts, proxy.budget[way] = proxy.cuts, count
         got = call(mq, *one)
@@ -1566,7 +1571,6 @@ def test_a_cut_at_any_byte_loses_and_repeats_nothing(
             break  # the whole of it is shorter than that
         assert mq.get_many("t") == left + stored
         assert witness.get_many("t") == ["1", "2", *stored]
-        mq.close()
     assert count > (20 if connect.engine == "dsmq" else 1)
 
 
@@ -1604,9 +1608,9 @@ def test_a_slow_line_is_kept_busy_and_no_call_raises_while_it_moves(
 ) -> None:
     mq = connect(proxy.port, timeout=0.3)
     connect().put_many("t", ["x" * 1000] * 100)
-    proxy.bytes_per_second = 50_000
-    with within(100 * 1000 / 50_000 / 0.7):  # seven tenths of the line at least
-        assert mq.get("t") == "x" * 1000  # 64 kB at first, which take over a second
+    proxy.bytes_per_second = 100_000
+    with within(100 * 1000 / 100_000 / 0.7):  # seven tenths of the line at least
+        assert mq.get("t") == "x" * 1000  # 64 kB at first, which take 0.6 s
         got = [*mq.get_many("t", 10), *mq.listen("t", 0.1)]
     assert len(got) == 99 and mq._read_ahead_bytes < dsmq.READ_AHEAD_BYTES / 2
 
@@ -1636,9 +1640,9 @@ def test_clients_carry_on_after_a_restart(connect: Connect) -> None:
     server.stop()
     trier._timeout = 0.3
     where = f"no .*:{server.port}"
-    for work in (trier.stats, lambda: connect(server.port, timeout=0.3)):
-        with within(5, 0.1):
-            raises(ConnectionRefusedError, where, work)
+    works = trier.stats, lambda: connect(server.port, timeout=0.3)
+    with within(5, 0.1):
+        together(lambda work: raises(ConnectionRefusedError, where, work), works)
     trier._timeout = PATIENCE_SECONDS
     trying = begin(trier.put, "v", "x"), begin(connect, server.port)  # on and on
     start(server.port) if ours else server.start()
@@ -1646,6 +1650,7 @@ def test_clients_carry_on_after_a_restart(connect: Connect) -> None:
     putter.put("t", "new")
     putter.put("u", "woken")
     assert waiting() == "woken" and [outcome() for outcome in trying]
+    getter._tidy_at = 0  # it looks which cursors may go
     expected = ["put before they noticed", "new"]
     assert getter.get_many("t") == ["old 2", *expected]
     assert putter.get_many("t") == expected
@@ -1686,16 +1691,14 @@ def test_the_very_call_that_meets_another_server_reads_what_it_has(
     assert late.get_many("t") == [*restored, "5"]
 
 
-@pytest.mark.parametrize("timeout", [0.3, 1.0])
 def test_connecting_goes_on_until_the_timeout_is_used_up(
-    serve: Serve, connect: Connect, timeout: float
+    serve: Serve, connect: Connect
 ) -> None:
-    port = dsmq._free_port()
-    begun = time.monotonic()
-    connecting = begin(functools.partial(connect, timeout=timeout), port)
-    time.sleep(0.85 * timeout)
+    port, begun = dsmq._free_port(), time.monotonic()
+    connecting = begin(functools.partial(connect, timeout=0.6), port)
+    time.sleep(0.5)
     serve(port)
-    late = time.monotonic() - begun > 0.95 * timeout  # a busy machine
+    late = time.monotonic() - begun > 0.57  # a busy machine
     with contextlib.suppress(*[ConnectionError] * late):
         connecting().put("t", "x")
 
@@ -1926,7 +1929,7 @@ def test_an_interrupt_loses_and_repeats_nothing(connect: Connect, name: str) -> 
     putter.put_many("t", numbers(3000))
     got: list[str] = []
     with on_alarm(interrupts.handle):
-        end = time.monotonic() + 0.4
+        end = time.monotonic() + 0.2
         while len(got) < 3000 and (time.monotonic() < end or interrupts.count <= 5):
             if name == "get_latest":
                 putter.put("t", str(next(number)))
@@ -1991,9 +1994,10 @@ def test_a_full_server_refuses_only_puts(
 
 
 def test_a_client_keeps_neither_what_it_handed_out_nor_cursors_of_what_expired(
-    serve: Serve, connect: Connect
+    serve: Serve, connect: Connect, monkeypatch: Patch
 ) -> None:
-    mq = connect(serve(time_to_live=0.2).port)
+    monkeypatch.setattr(dsmq, "PURGE_SECONDS", 0.03)
+    mq = connect(serve(time_to_live=0.1).port)
     tracemalloc.start()
     mq.put("large", "x" * 10_000_000)
     assert len(mq.get_many("large")[0]) == 10_000_000
@@ -2001,7 +2005,7 @@ def test_a_client_keeps_neither_what_it_handed_out_nor_cursors_of_what_expired(
         mq.put(f"reply {i}", "x" * 10_000)
         assert mq.get(f"reply {i}")
         if i % 100 == 99:
-            time.sleep(0.2)
+            time.sleep(0.2)  # and what is before them has been purged
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(mq._cursors) < 350
@@ -2091,7 +2095,7 @@ def test_a_client_too_many_is_told(
 def test_clients_that_come_and_go_leave_nothing_behind(connect: Connect) -> None:
     witness = connect()
     clients = 3 if connect.engine == "cluster" else 1  # its connections to each node
-    share = {"dsmq": 1, "redis": 5, "cluster": 30}[connect.engine]
+    share = {"dsmq": 1, "redis": 5, "cluster": 50}[connect.engine]
     rounds = int(KNOBS["CYCLES"]) // share
 
     def cycle(count: int) -> None:
@@ -2251,10 +2255,9 @@ def test_shutdown_wakes_all_and_frees_the_port(serve: Serve, connect: Connect) -
     for askers in (1, 5):  # the second server at once on the port of the first
         server = serve(port)
         port = server.port
-        asking, others = ([connect(port) for _ in range(5)] for _ in range(2))
+        clients = [connect(port, timeout=t) for t in [10.0] * 5 + [0.7] * 5]
+        asking, others = clients[:5], clients[5:]
         asking[0].put("t", "x")
-        for other in others:
-            other._timeout = 1
         waiting = [begin(other.get_wait, "u", math.inf) for other in others]
         eventually_waiting(server, "u", 5)
         with within(5):
@@ -2269,7 +2272,8 @@ def test_shutdown_wakes_all_and_frees_the_port(serve: Serve, connect: Connect) -
 def test_a_lost_answer_of_shutdown_is_an_error(connect: Connect, proxy: Proxy) -> None:
     mq = connect(proxy.port, timeout=5)
     mq._timeout, proxy.budget[1] = 0.3, 1
-    raises(ConnectionError, None, mq.shutdown_server)  # the proxy is there, and cuts
+    # The proxy is there, and cuts.
+    raises((ConnectionError, TimeoutError), None, mq.shutdown_server)
     connect.nodes[0].join()  # but it is done
 
 
@@ -2609,11 +2613,11 @@ def test_put_takes_messages_or_lines_and_options_anywhere(
 
 
 def test_put_says_how_many_lines_it_stored_before_an_error(serve: Serve) -> None:
-    server = serve(max_bytes=100_000)
+    server = serve(max_bytes=3_000_000)
     put = f"dsmq put t --port {server.port}"
     status, _, errors = shell(put, "x\n" * 50_000)
     stored = server.store.stats()["messages"]
-    assert status == 1 and f"dsmq: stopped after {stored} lines: " in errors
+    assert status == 1 and f"dsmq: stopped after {stored} lines: " in errors and stored
     for stdin in (b"x\n\xff\n", b"x" * (17 << 20)):
         status, _, errors = shell(put, stdin)
         assert status == 1 and "stopped after 0 lines" in errors
@@ -2632,8 +2636,8 @@ def test_put_hands_on_each_line_as_it_comes(server: Server, connect: Connect) ->
     ("options", "status", "lines"),
     [
         ("a --count 2", 0, ["hé", "llo", ""]),
-        ("a --timeout 1", 0, ["hé", "llo", ""]),
-        ("a --timeout 1 --count 3", 1, ["hé", "llo", ""]),
+        ("a --timeout 0.6", 0, ["hé", "llo", ""]),
+        ("a --timeout 0.6 --count 3", 1, ["hé", "llo", ""]),
         ("a --count 3 b", 0, ["a hé", "llo", "a ", "b y"]),
         ("a --json --count 2", 0, [ENTRY % ("a", r"h\u00e9\nllo"), ENTRY % ("a", "")]),
         ("b --json --timeout inf --count 1", 0, [ENTRY % ("b", "y")]),
@@ -2718,48 +2722,49 @@ def test_stats_are_a_table_or_json(server: Server, connect: Connect) -> None:
     assert stats.keys() == mq.stats().keys() and stats["topics"] == mq.stats()["topics"]
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "text"),
-    [
-        ("nonsense", 2, "not of that form: nonsense"),
-        ("put", 2, r"put \[options\] TOPIC \[MSG ...\]"),
-        ("watch --timeout 1", 2, "TOPIC ..."),
-        ("stats x", 2, "not of that form: stats x"),
-        ("put t --bogus x", 2, "unrecognized arguments: --bogus"),
-        ("serve --tls", 2, "unrecognized arguments: --tls"),
-        ("serve --port x", 2, "invalid int"),
-        ("serve --port $USED", 1, "cannot listen on 127.0.0.1:.*in use"),
-        ("--port 99999 serve", 1, "port must be 0 to 65535"),
-        ("serve --time-to-live nan", 1, "time_to_live must be"),
-        ("serve --certfile /nowhere", 1, "No such file"),
-        ("stats --secret-file /nowhere", 1, "No such file"),
-        ("DSMQ_SECRET= dsmq serve --port 0", 1, "secret must not be empty"),
-        ("watch t --port $USED --timeout nan", 1, "timeout must be"),
-        ("watch t --port $USED --since nan", 1, "since must be"),
-        ("watch '' --port $USED", 1, "a topic"),
-        ("bench --count 0", 1, "count must be"),
-        ("stats --host nowhere.invalid", 1, "no address for 'nowhere.invalid'"),
-        ("put t x --timeout 0.2 --port $FREE", 1, "no dsmq server"),
-        ("stats --timeout 0.2 --port $FREE", 1, "no dsmq server"),
-        ("--port $FREE shutdown --timeout 0.2", 1, "no dsmq server"),
-        ("put t x --port $USED >&-", 0, ""),
-        ("stats --port $USED >&-", 0, ""),
-        ("stats --port $USED | true", 0, ""),
-        ("stats --port $USED > /dev/full", 1, "No space left"),
-        ("--help | true", 0, ""),
-        ("watch t --port $USED >&-", 1, "output is closed"),
-        ("put t --port $USED <&-", 1, "input is closed"),
-    ],
-)
-def test_errors_are_one_line_and_a_status(
-    server: Server, words: str, status: int, text: str
-) -> None:
-    command = words if "dsmq" in words else f"dsmq {words}"
+ERRORS = [
+    ("nonsense", 2, "not of that form: nonsense"),
+    ("put", 2, r"put \[options\] TOPIC \[MSG ...\]"),
+    ("watch --timeout 1", 2, "TOPIC ..."),
+    ("stats x", 2, "not of that form: stats x"),
+    ("put t --bogus x", 2, "unrecognized arguments: --bogus"),
+    ("serve --tls", 2, "unrecognized arguments: --tls"),
+    ("serve --port x", 2, "invalid int"),
+    ("serve --port $USED", 1, "cannot listen on 127.0.0.1:.*in use"),
+    ("--port 99999 serve", 1, "port must be 0 to 65535"),
+    ("serve --time-to-live nan", 1, "time_to_live must be"),
+    ("serve --certfile /nowhere", 1, "No such file"),
+    ("stats --secret-file /nowhere", 1, "No such file"),
+    ("DSMQ_SECRET= dsmq serve --port 0", 1, "secret must not be empty"),
+    ("watch t --port $USED --timeout nan", 1, "timeout must be"),
+    ("watch t --port $USED --since nan", 1, "since must be"),
+    ("watch '' --port $USED", 1, "a topic"),
+    ("bench --count 0", 1, "count must be"),
+    ("stats --host nowhere.invalid", 1, "no address for 'nowhere.invalid'"),
+    ("put t x --timeout 0.2 --port $FREE", 1, "no dsmq server"),
+    ("stats --timeout 0.2 --port $FREE", 1, "no dsmq server"),
+    ("--port $FREE shutdown --timeout 0.2", 1, "no dsmq server"),
+    ("put t x --port $USED >&-", 0, ""),
+    ("stats --port $USED >&-", 0, ""),
+    ("stats --port $USED | true", 0, ""),
+    ("stats --port $USED > /dev/full", 1, "No space left"),
+    ("--help | true", 0, ""),
+    ("watch t --port $USED >&-", 1, "output is closed"),
+    ("put t --port $USED <&-", 1, "input is closed"),
+]
+
+
+def test_errors_are_one_line_and_a_status(server: Server) -> None:
     ports = {"USED": str(server.port), "FREE": str(quiet_port())}
-    with within(8):
-        ended, out, errors = shell(command, **ports)
-    assert (ended, out) == (status, "") and re.search(text, errors)
-    assert status == 2 or errors.count("\n") == status
+
+    def check(errors: list[tuple[str, int, str]]) -> None:
+        for words, status, text in errors:
+            with within(8):
+                done = shell(words if "dsmq" in words else f"dsmq {words}", **ports)
+            assert done[:2] == (status, "") and re.search(text, done[2]), words
+            assert status == 2 or done[2].count("\n") == status, words
+
+    together(check, (ERRORS[::2], ERRORS[1::2]))
 
 
 @engines("redis")
@@ -2785,20 +2790,19 @@ def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> Non
 
 
 @needs_signals
-@pytest.mark.parametrize("path", ["dsmq.py", "demo.py"])
-def test_a_demo_that_is_cut_short_leaves_nothing_running(path: str) -> None:
-    command = [sys.executable, str(HERE / path)]
-    for signal_ in (signal.SIGINT, None):
+def test_a_demo_that_is_cut_short_leaves_nothing_running() -> None:
+    def cut(path: str, how: int) -> bytes:
+        demo: Any
+        command = [sys.executable, str(HERE / path)]
         with subprocess.Popen(command, **PIPES, start_new_session=True) as demo:
-            while demo.stdout and b"putter" not in demo.stdout.readline():
+            while b"putter" not in demo.stdout.readline():
                 pass  # all have begun
-            if signal_:
-                os.killpg(demo.pid, signal_)
-            else:
-                demo.stdout.close()  # type: ignore[union-attr]
+            os.killpg(demo.pid, how) if how else demo.stdout.close()
             # Whoever is left would keep it open.
-            _, errors = demo.communicate(timeout=PATIENCE_SECONDS)
-        assert path == "demo.py" or errors == b""
+            return bytes(demo.communicate(timeout=PATIENCE_SECONDS)[1])
+
+    paths = "dsmq.py", "dsmq.py", "demo.py"
+    assert together(cut, paths, (2, 0, 2))[:2] == [b"", b""]
 
 
 def test_help_and_version() -> None:
@@ -2984,8 +2988,10 @@ def test_the_package_brings_types_and_starts_in_every_way(tmp_path: Path) -> Non
     run(*module, "pip", *quiet, "--python", python, "install", "--no-deps", wheel)
     program.write_text(TYPED_PROGRAM, encoding="utf-8")
     check = "--strict", "--cache-dir", tmp_path / "mypy", "--python-executable", python
-    run(*module, "mypy", *check, program)
+    demo = python, "-m", "dsmq"
+    checking = begin(run, *module, "mypy", *check, program)
+    showing = begin(run, *demo)
     assert run(python, program) == "Hello, world!\n"
-    for command in ((python, "-m", "dsmq"), (scripts / "dsmq",)):
+    for command in (demo, (scripts / "dsmq",)):
         assert run(*command, "--version") == f"dsmq {dsmq.__version__}\n"
-    assert run(python, "-m", "dsmq").endswith("stopped\n")  # the demo
+    assert showing(60).endswith("stopped\n") and checking(60)
