@@ -2357,9 +2357,14 @@ class _RedisConnection(DSMQClientSideConnection):
         link.ready = False  # until the whole reply is in
         try:
             reply = getattr(self._home(link.connection, key), command)(*words)
-        except redis.exceptions.AskError:  # or MovedError
-            # The cluster's own client goes where it points.
-            reply = getattr(link.connection.client, command)(*words)
+        except redis.exceptions.AskError as to:  # for once, or MovedError, for good
+            # The link is not ready after that, so the next call makes a new map.
+            node = redis.cluster.ClusterNode(to.host, to.port)
+            with link.connection.client.get_redis_connection(node).client() as server:
+                server.execute_command("ASKING")
+                reply = getattr(server, command)(*words)
+            server.connection_pool.disconnect()
+            return reply
         link.ready = True
         return reply
 
