@@ -369,7 +369,7 @@ class FrameSocket:
         """The body of the next frame; None if the peer closed after the last one.
         Raises FrameError for one longer than `max_frame_bytes`, ConnectionError if the
         peer closed in its middle."""
-        data: bytes | bytearray = self.unread
+        data = self.unread
         while len(data) < _HEADER.size:
             stalled = time.monotonic() + STALL_SECONDS if data else None
             chunk = self.some(4096, end or stalled)
@@ -385,8 +385,8 @@ class FrameSocket:
             raise FrameError(" ".join([text, str(self.max_frame_bytes), *hints]))
         self.bytes_per_second = 0.0
         if len(data) < total:
-            data = self._receive_rest(bytearray(data), total, end)
-        self.unread = bytes(data[total:])
+            return self._receive_rest(bytearray(data), total, end)
+        self.unread = data[total:]
         return data[_HEADER.size : total]
 
     def _receive_rest(
@@ -405,6 +405,7 @@ class FrameSocket:
             end = end and end + len(chunk) / 4000
         if missing > 2000:  # less says little of the line
             self.bytes_per_second = missing / max(time.monotonic() - begun, 1e-6)
+        del data[: _HEADER.size]  # a long body is not copied once more
         return data
 
     def some(self, size: int, end: float | None) -> bytes:
