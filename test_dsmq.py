@@ -70,6 +70,8 @@ def engines(*names: str) -> pytest.MarkDecorator:
 
 everywhere = engines("dsmq", "redis", "cluster")
 on_redis = engines("redis")
+# A socket that an interrupt, or redis 5, leaves unclosed is closed when collected.
+leaves_sockets = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket")
 
 # For long runs by hand: DSMQ_CUTS=100000 pytest -k many_cuts; the others are for -k
 # writers_put, killed, fault, connected_and_no and nothing_behind.
@@ -1313,9 +1315,8 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], type[Exception], dict[str, Any]
                  "redis://h?protocol=3", "redis://h?decode_responses=1"],
         "port": [-1, 65536], "timeout": [0, math.nan], "secret": ["", "\udc80"],
         "tls": [""], "since": [-1, math.nan]}),
-    (dsmq.connect, OSError, {"host": ["nowhere.invalid"]}),
     (functools.partial(dsmq.connect, port=1, timeout=0.1), OSError, {
-        "host": ["0.0.0.0"]}),
+        "host": ["nowhere.invalid", "0.0.0.0"]}),
     *((functools.partial(dsmq.connect, f"{name}://h"), ValueError, {
         "port": [1234], "secret": ["s"], "tls": [True]})
       for name in ("redis", "valkey", "unix")),
@@ -1330,8 +1331,7 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], type[Exception], dict[str, Any]
     (functools.partial(dsmq.serve, certfile=__file__), OSError, {
         "keyfile": ["/nowhere.pem"]}),
 ]  # fmt: skip
-NAMED = {"host": "host|Redis URL", "secret": "secret|password"}
-NAMED |= {"tls": "tls|rediss"}
+NAMED = {"host": "host|Redis URL", "secret": "secret|password", "tls": "tls|rediss"}
 
 
 def test_wrong_arguments_of_connect_and_serve_raise_at_once() -> None:
@@ -1902,8 +1902,7 @@ INTERRUPTS += itertools.product(["redis", "cluster"], ["get", "get_many", "put"]
 
 
 @needs_signals
-# A socket that an interrupt keeps from being closed is closed when it is collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@leaves_sockets
 @pytest.mark.parametrize(("connect", "name"), INTERRUPTS, indirect=["connect"])
 def test_an_interrupt_loses_and_repeats_nothing(connect: Connect, name: str) -> None:
     # It looks for signals between the instruction that leaves a `try` and the one that
@@ -1945,6 +1944,7 @@ def test_an_interrupt_loses_and_repeats_nothing(connect: Connect, name: str) -> 
         assert got == sorted(set(got), key=int)
     else:
         assert got + rest == numbers(3000)
+    gc.collect()
 
 
 @needs_signals
@@ -2183,11 +2183,11 @@ def test_who_lacks_the_secret_is_dropped(
 
 
 @engines("dsmq", "redis")
+@leaves_sockets
 def test_all_works_over_tls(connect: Connect, certificate: Path) -> None:
     tls, port, ours = certificate / "cert.pem", quiet_port(), connect.engine == "dsmq"
-    places: Any = ("localhost", port), (HOST, port), connect.address()
-    address, wrong, plain = places
-    again: Any = address
+    places: Any = *[("localhost", port)] * 2, (HOST, port), connect.address()
+    address, again, wrong, plain = places
     if ours:
         server = connect.fixture("serve")(port, tls=certificate)
     else:
@@ -2230,6 +2230,7 @@ def test_all_works_over_tls(connect: Connect, certificate: Path) -> None:
         tls="/nowhere.pem",
     )
     raises((ConnectionError, TimeoutError), None, connect_to, *plain, tls=tls)
+    gc.collect()
 
 
 @pytest.mark.parametrize("server", ["tls"], indirect=True)
@@ -2272,8 +2273,7 @@ def test_shutdown_wakes_all_and_frees_the_port(serve: Serve, connect: Connect) -
 def test_a_lost_answer_of_shutdown_is_an_error(connect: Connect, proxy: Proxy) -> None:
     mq = connect(proxy.port, timeout=5)
     mq._timeout, proxy.budget[1] = 0.3, 1
-    # The proxy is there, and cuts.
-    raises((ConnectionError, TimeoutError), None, mq.shutdown_server)
+    raises((ConnectionError, TimeoutError), None, mq.shutdown_server)  # it cuts
     connect.nodes[0].join()  # but it is done
 
 
@@ -2460,6 +2460,7 @@ def test_the_password_of_redis_is_in_no_error(new_redis: NewRedis) -> None:
         assert "wr0ng" not in said and "s3cr" not in said
 
 
+@leaves_sockets
 def test_a_redis_is_reached_by_its_socket_or_as_a_valkey(new_redis: NewRedis) -> None:
     connect = functools.partial(dsmq.connect, timeout=0.5)
     # That of tmp_path may be longer than the system takes.
@@ -2474,6 +2475,7 @@ def test_a_redis_is_reached_by_its_socket_or_as_a_valkey(new_redis: NewRedis) ->
         assert b.get("t") == c.get_wait("t", 5) == "x" and elsewhere.get("t") == ""
         wrong = f"unix://{path}?password=wr0ng"
         assert "wr0ng" not in raises(AuthenticationError, None, connect, wrong)
+    gc.collect()
 
 
 @engines("cluster")
