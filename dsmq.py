@@ -200,7 +200,6 @@ def _check_secret(secret: object) -> None:
 
 _HEADER = struct.Struct(">I")
 _ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
-_NEVER_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has no such flag
 # By the first bytes of a reply: who else may be listening there.
 _STRANGERS = {b"\x15\x03": "(it wants TLS)", b"HTTP": "(it speaks HTTP)"}
 _STRANGERS |= {b"-ERR": "(it may be a Redis)", b"-NOA": "(it may be a Redis)"}
@@ -279,9 +278,9 @@ class FrameSocket:
         self.sending = threading.Lock()  # a frame's bytes stay together
         # In the TLS layer there may be but one thread, so there both are the same.
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        # Where single calls can be told not to wait, the others may: a server's thread
-        # needs no second system call to wait for the next request.
-        self._flag = _NEVER_WAIT
+        # Where single calls can be told not to wait (not on Windows), the others may: a
+        # server's thread needs no second system call to wait for the next request.
+        self._flag = getattr(socket, "MSG_DONTWAIT", 0)
         self._raw = sock
         self._sock: Any = sock  # or the TLS around it
         try:
@@ -726,11 +725,9 @@ class MessageStore:
         """The newest id put before a time; with bisect_right also at that time."""
         self._insert([])
         ids = range(self._purged + 1, self.head + 1)
-        return self._purged + side(ids, time_, key=self._put_at)
-
-    def _put_at(self, id_: int) -> float:
-        sql = "SELECT put_at FROM messages WHERE id = :id"
-        return float(self._db.execute(sql, {"id": id_}).fetchone()[0])
+        ask, sql = self._db.execute, "SELECT put_at FROM messages WHERE id = ?"
+        place = side(ids, time_, key=lambda id_: ask(sql, (id_,)).fetchone()[0])
+        return self._purged + place
 
     # Readers that wait
 
@@ -1536,10 +1533,6 @@ class _Reader:
         self.next = 1
 
     @property
-    def has_unread(self) -> bool:
-        return self.next < len(self.ids)
-
-    @property
     def cursor(self) -> int:
         """The id of the last message handed out, or where the reader began."""
         return self.ids[self.next - 1]
@@ -1556,7 +1549,7 @@ class _Reader:
         """With the messages not in it yet, of a read that began within it or before."""
         known = bisect.bisect_right(ids, self.ids[-1])
         unread = slice(self.next, None)
-        if self.has_unread:
+        if self.next < len(self.ids):
             expires = min(expires, self.expires)
         ids, texts = self.ids[unread] + ids[known:], self.texts[unread] + texts[known:]
         return _Reader(self.cursor, ids, texts, expires)
@@ -1923,7 +1916,9 @@ class DSMQClientSideConnection:
                 if self._server == link.server:  # whose ids these are
                     cursors = self._cursors.items()
                     self._cursors = {
-                        t: r for t, r in cursors if r.ids[-1] > expired or r.has_unread
+                        t: r
+                        for t, r in cursors
+                        if r.ids[-1] > expired or r.next < len(r.ids)
                     }
                     self._tidy_at = 2 * len(self._cursors) + 100
         with self._lock:
@@ -2168,7 +2163,6 @@ def connect(
 # which the braces keep on the same node of a cluster; and on a single server dsmq:head
 # is the newest id over all topics, and a name that is another one after all was lost.
 _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
-_REDIS_LATE_SECONDS = 0.1  # it looks for waits that are over ten times a second
 _REDIS_LOOK_SECONDS = 10.0  # between looks at its clock and head, on a new connection
 
 # Stores messages, all or none. KEYS: the stream, the client's last put and, unless in a
@@ -2294,7 +2288,8 @@ class _RedisConnection(DSMQClientSideConnection):
         options: _Fields = {
             **self._options,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-            "socket_timeout": seconds + _REDIS_LATE_SECONDS,
+            # Redis looks for waits that are over ten times a second.
+            "socket_timeout": seconds + 0.1,
             "socket_connect_timeout": seconds / (1 + len(self._nodes)),
         }
         if self._clustered is None:
@@ -2709,11 +2704,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "version": {"action": "version", "version": f"dsmq {__version__}"},
 }
 _CLIENT = "host port secret-file tls "
-_LIMITS = "time-to-live max-bytes max-frame-bytes max-clients certfile keyfile"
 # What runs, its words, and the options that, if given, it gets by name or passes on.
 _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "": (demo, "", "version"),
-    "serve": (_serve, "", "host port secret-file " + _LIMITS),
+    "serve": (
+        _serve,
+        "",
+        "host port secret-file time-to-live max-bytes max-frame-bytes max-clients"
+        " certfile keyfile",
+    ),
     "put": (_put, "TOPIC [MSG ...]", _CLIENT + "timeout"),
     "watch": (_watch, "TOPIC ...", _CLIENT + "count timeout since json verbose"),
     "stats": (_stats, "", _CLIENT + "timeout json"),
