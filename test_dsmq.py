@@ -71,7 +71,8 @@ def engines(*names: str) -> pytest.MarkDecorator:
 everywhere = engines("dsmq", "redis", "cluster")
 on_redis = engines("redis")
 # A socket that an interrupt, or redis 5, leaves unclosed is closed when collected.
-leaves_sockets = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket")
+unclosed = "ignore::pytest.PytestUnraisableExceptionWarning"
+leaves_sockets = pytest.mark.filterwarnings(unclosed)
 
 # For long runs by hand: DSMQ_CUTS=100000 pytest -k many_cuts; the others are for -k
 # writers_put, killed, fault, connected_and_no and nothing_behind.
