@@ -1001,7 +1001,8 @@ class _Server(socketserver.ThreadingTCPServer):
         except (OSError, MemoryError) as error:
             # The client is gone again; or descriptors or memory ran out, and to accept
             # again at once would fail again, without end.
-            if getattr(error, "errno", 0) not in (errno.EAGAIN, errno.ENOTCONN):
+            soon = errno.EAGAIN, errno.ENOTCONN, errno.EINVAL  # the last: it stops
+            if getattr(error, "errno", 0) not in soon:
                 self.stopping.wait(POLL_SECONDS)
             raise OSError(str(error)) from None  # socketserver goes on with the next
 
@@ -1732,17 +1733,22 @@ class DSMQClientSideConnection:
             hello["nonce"] = nonce
         return encode_object(hello)
 
-    def _note_server(self, known: str | None, name: str, head: int) -> None:
-        """Takes in the name of the server reached, where `known` was expected."""
+    def _note_server(
+        self, known: str | None, name: str, head: int, begin: int = 0, last: int = 0
+    ) -> None:
+        """Takes in the name of the server reached, where `known` was expected. Of ids
+        above `last` that were read it knows nothing: reading goes on from `begin`."""
         with self._lock:
             if self._server == name:
                 return
             if self._server != known:  # by now another thread has found its successor
                 raise ConnectionResetError("the server has been replaced")
-            # All that another server has is new to this client; what was read ahead
-            # comes before.
-            self._start = head if known is None else 0
-            self._cursors = {t: r.moved(0) for t, r in self._cursors.items()}
+            # What is new there is to be read; what was read ahead comes before.
+            if known is None or self._start > last:
+                self._start = head if known is None else begin
+            for topic, reader in self._cursors.items():
+                if reader.ids[-1] > last:
+                    self._cursors[topic] = reader.moved(min(reader.ids[-1], begin))
             self._server = name
             self._turn += 1
 
@@ -2160,14 +2166,16 @@ def connect(
 
 # In Redis, a topic's messages are in a stream, {dsmq:topic}, with ids of milliseconds
 # and a number; the number of a client's last put is for a while in {dsmq:topic}client,
-# which the braces keep on the same node of a cluster; and on a single server dsmq:head
-# is the newest id over all topics, and a name that is another one after all was lost.
+# which the braces keep on the same node of a cluster. On a single server dsmq:head is
+# the newest id over all topics, and dsmq:run the run of the server (another one after a
+# restart), from which id on it has put (0-0 if all was lost), and since when.
 _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
-_REDIS_LOOK_SECONDS = 10.0  # between looks at its clock and head, on a new connection
+_REDIS_LOOK_SECONDS = 10.0  # between looks at its clock and head
 
 # Stores messages, all or none. KEYS: the stream, the client's last put and, unless in a
-# cluster, dsmq:head. ARGV: the put's number, milliseconds to keep its messages and its
-# number, and the messages.
+# cluster, dsmq:head and dsmq:run. ARGV: the put's number, milliseconds to keep its
+# messages and its number, the server's run, and the messages. Without any it gives the
+# time, the head and the run.
 #
 # Lower numbers than the last are refused too: they come late, on a connection given up.
 # As a replica takes in stream and number together, it has both or neither.
@@ -2180,17 +2188,21 @@ local last = redis.call('GET', KEYS[2])
 if last and tonumber(last) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local head = KEYS[3] and redis.call('GET', KEYS[3]) or '0-0'
-local ms, number, name = string.match(head, '(%d+)-(%d+)(.*)')
-if name == '' then name = ' ' .. KEYS[2] .. ARGV[1] end
-local id = '*'
+local id = KEYS[3] and redis.call('GET', KEYS[3]) or '0-0'
+local run = id ~= '0-0' and redis.call('GET', KEYS[4]) or ''
+local ms, number = string.match(id, '(%d+)-(%d+)')
+if KEYS[3] and string.find(run, ARGV[4], 1, true) ~= 1 then
+    run = table.concat({ARGV[4], ms .. '-' .. number, time[1] .. '.' .. time[2]}, ' ')
+    redis.pcall('SET', KEYS[4], run)
+end
+if #ARGV == 4 then return {tonumber(time[1]), tonumber(time[2]), id, run} end
 ms, number = tonumber(ms), tonumber(number)
-for i = 4, #ARGV do
+for i = 5, #ARGV do
     if ms < now then ms, number = now, 0 else number = number + 1 end
-    if KEYS[3] then id = string.format('%.0f-%.0f', ms, number) end
+    id = KEYS[3] and string.format('%.0f-%.0f', ms, number) or '*'
     redis.call('XADD', KEYS[1], id, 'message', ARGV[i])
 end
-if KEYS[3] then redis.call('SET', KEYS[3], id .. name) end
+if KEYS[3] then redis.call('SET', KEYS[3], id) end
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
 redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', now - ARGV[2] + 1))
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -2245,11 +2257,13 @@ class _RedisConnection(DSMQClientSideConnection):
     def _call(self, work: Callable[[_Link], _T]) -> _T:
         def attempt(link: _Link) -> _T:
             made, left = link.connection, link.end - time.monotonic()
-            fits = made.seconds / 2 <= min(left, LONGEST_SECONDS) <= made.seconds * 2
-            if not fits or time.monotonic() > made.looked + _REDIS_LOOK_SECONDS:
-                link.drop()
+            if not made.seconds / 2 <= min(left, LONGEST_SECONDS) <= made.seconds * 2:
+                link.drop()  # it was made for a call that had less time, or more
                 self._dial(link)
-                link.ready = True
+            elif time.monotonic() > made.looked + _REDIS_LOOK_SECONDS:
+                link.ready = False
+                self._translate(self._look, link)
+            link.ready = True
             return self._translate(work, link)
 
         return super()._call(attempt)
@@ -2308,38 +2322,32 @@ class _RedisConnection(DSMQClientSideConnection):
         made = SimpleNamespace(client=client, close=close, shut=close, seconds=seconds)
         link.connection = made
         self._check_usable()  # another thread may have closed it just before
+        made.run = ""
         if not self._clustered:
             made.client = client.client()  # one connection, not made anew unnoticed
+            made.run = made.client.info("server")["run_id"]
         self._look(link)
 
     def _look(self, link: _Link) -> None:
-        """Notes the clock, and where reading begins, or goes on if data was lost."""
-        made, known = link.connection, self._server
-        newest = max([self._start, *(r.ids[-1] for r in [*self._cursors.values()])])
-        server, made.looked = self._home(made, b""), time.monotonic()
-        seconds, microseconds = server.time()
-        made.ahead = seconds + microseconds / 1e6 - made.looked
-        now = seconds * 1000 + microseconds // 1000
-        head, name = max(newest, (now + 1) * _REDIS_ID - 1), "cluster"
+        """Notes the clock, where reading begins, and from where on if data was lost."""
+        made, known, nowhere = link.connection, self._server, b"{dsmq:}"
+        made.looked = time.monotonic()
+        words = self._put_words(link, nowhere, [])
+        seconds, micros, id_, name = self._home(made, nowhere).eval(*words)
+        made.ahead = seconds + micros / 1e6 - made.looked
+        now = seconds * 1000 + micros // 1000
+        start, link.server = _redis_id(id_), name.decode() or "cluster"
+        run, began, _ = name.split() if name else (b"", b"0-0", b"")
         if self._clustered:
+            start = (now + 1) * _REDIS_ID - 1
             time.sleep(0.002)  # what is put after this millisecond gets a higher id
-        else:
-            id_, _, text = (server.get("dsmq:head") or b"0-0").partition(b" ")
-            head, name = _redis_id(id_), text.decode(errors="replace")
-        link.server = name
-        if known is None and self._since:
+        if self._since:
             since = now - int(min(self._since, self._time_to_live) * 1000)
-            head = min(head, since * _REDIS_ID - 1)
-        if known is None or known not in ("", name):
-            self._note_server(known, name, head)
-            return
-        with self._lock:
-            if head < newest and self._server == known:
-                # Restored from an older copy: new ids may be lower than those read.
-                self._start = min(self._start, head)
-                readers = self._cursors.items()
-                self._cursors = {t: r.moved(min(r.cursor, head)) for t, r in readers}
-            self._server = self._server or name  # had none before the first message
+            start = min(start, since * _REDIS_ID - 1)
+        # In the same run it was flushed, and some of what is new may have been read.
+        last = id_ if known and known.startswith(run.decode()) else began
+        ids = start, _redis_id(began), _redis_id(last)
+        self._note_server(known, link.server, *ids)
 
     def _home(self, made: Any, key: bytes) -> Any:
         """The package's client of the server that has the key."""
@@ -2369,13 +2377,16 @@ class _RedisConnection(DSMQClientSideConnection):
         return b"{dsmq:%b}" % topic.encode()
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> None:
-        head = [] if self._clustered else ["dsmq:head"]
-        keys = [key, key + link.name, *head]
+        self._ask(link, key, "eval", *self._put_words(link, key, load))
+
+    def _put_words(self, link: _Link, key: bytes, load: list[bytes]) -> list[Any]:
+        own = [] if self._clustered else ["dsmq:head", "dsmq:run"]
+        keys = [key, key + link.name, *own]
         # As long as this call may send it again.
         remembered = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
         times = [int(s * 1000) for s in (self._time_to_live, remembered)]
-        words = len(keys), *keys, link.sequence, *times, *load
-        self._ask(link, key, "eval", _REDIS_PUT, *words)
+        rest = [link.sequence, *times, link.connection.run, *load]
+        return [_REDIS_PUT, len(keys), *keys, *rest]
 
     def _read(
         self, link: _Link, key: bytes, after: int, wanted: int, wait: float
@@ -2406,8 +2417,6 @@ class _RedisConnection(DSMQClientSideConnection):
     def _messages(self, link: _Link, rows: list[Any]) -> _Messages:
         if not rows:
             return [], [], 0.0
-        if not link.server:
-            self._look(link)  # the first there are: now they have a name
         ids = [_redis_id(id_) for id_, _ in rows]
         texts = [fields[b"message"] for _, fields in rows]
         self._mean_bytes = sum(map(len, texts)) // len(texts) + 1

@@ -76,7 +76,7 @@ leaves_sockets = pytest.mark.filterwarnings(unclosed)
 
 # For long runs by hand: DSMQ_CUTS=100000 pytest -k many_cuts; the others are for -k
 # writers_put, killed, fault, connected_and_no and nothing_behind.
-KNOBS = {"CUTS": "1000", "CROWD": "4,250,2", "RESTARTS": "3", "FUZZ_SECONDS": "0"}
+KNOBS = {"CUTS": "1000", "CROWD": "4,250,2", "RESTARTS": "2", "FUZZ_SECONDS": "0"}
 KNOBS |= {"ROUNDS": "", "CYCLES": "100"}
 KNOBS = {name: os.environ.get(f"DSMQ_{name}", usual) for name, usual in KNOBS.items()}
 
@@ -1151,12 +1151,8 @@ def test_put_many_of_more_than_a_frame_goes_in_several(connect: Connect) -> None
 
 @everywhere
 def test_a_waiting_reader_wakes_within_milliseconds(connect: Connect) -> None:
-    putter, getter, late, listener = (
-        connect(),
-        connect(),
-        connect(),
-        connect().listen("t"),
-    )
+    putter, getter, late = (connect() for _ in range(3))
+    listener = connect().listen("t")
     delays = []
     for text in numbers(41):
         waiting = begin(lambda: (getter.get_wait("t", 20), time.monotonic()))
@@ -1604,9 +1600,7 @@ def test_all_arrive_once_through_many_cuts(
         print(f"{total} messages, {proxy.cuts} cuts")
 
 
-def test_a_slow_line_is_kept_busy_and_no_call_raises_while_it_moves(
-    proxy: Proxy, connect: Connect
-) -> None:
+def test_a_slow_line_is_busy_and_no_call_raises(proxy: Proxy, connect: Connect) -> None:
     mq = connect(proxy.port, timeout=0.3)
     connect().put_many("t", ["x" * 1000] * 100)
     proxy.bytes_per_second = 100_000
@@ -1692,9 +1686,7 @@ def test_the_very_call_that_meets_another_server_reads_what_it_has(
     assert late.get_many("t") == [*restored, "5"]
 
 
-def test_connecting_goes_on_until_the_timeout_is_used_up(
-    serve: Serve, connect: Connect
-) -> None:
+def test_connecting_goes_on_until_the_timeout(serve: Serve, connect: Connect) -> None:
     port, begun = dsmq._free_port(), time.monotonic()
     connecting = begin(functools.partial(connect, timeout=0.6), port)
     time.sleep(0.5)
@@ -1899,7 +1891,7 @@ class Interrupts:
 
 INTERRUPTED = ["get", "get_wait", "get_many", "listen", "get_latest", "put"]
 INTERRUPTS = [*itertools.product(["dsmq"], INTERRUPTED)]
-INTERRUPTS += itertools.product(["redis", "cluster"], ["get", "get_many", "put"])
+INTERRUPTS += [("redis", "get"), ("redis", "put"), ("cluster", "get_many")]
 
 
 @needs_signals
@@ -2002,14 +1994,14 @@ def test_a_client_keeps_neither_what_it_handed_out_nor_cursors_of_what_expired(
     tracemalloc.start()
     mq.put("large", "x" * 10_000_000)
     assert len(mq.get_many("large")[0]) == 10_000_000
-    for i in range(600):
+    for i in range(400):
         mq.put(f"reply {i}", "x" * 10_000)
         assert mq.get(f"reply {i}")
         if i % 100 == 99:
             time.sleep(0.2)  # and what is before them has been purged
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert len(mq._cursors) < 350
+    assert len(mq._cursors) < 300
     assert kept < 2_000_000
 
 
@@ -2223,13 +2215,8 @@ def test_all_works_over_tls(connect: Connect, certificate: Path) -> None:
     connect_to = functools.partial(dsmq.connect, timeout=0.3)
     raises(ssl.SSLCertVerificationError, None, connect_to, *wrong, tls=tls)
     raises(ssl.SSLCertVerificationError, None, connect_to, *address, tls=ours)
-    raises(
-        FileNotFoundError,
-        "nowhere" if ours else None,
-        connect_to,
-        *address,
-        tls="/nowhere.pem",
-    )
+    named = "nowhere" if ours else None
+    raises(FileNotFoundError, named, connect_to, *address, tls="/nowhere.pem")
     raises((ConnectionError, TimeoutError), None, connect_to, *plain, tls=tls)
     gc.collect()
 
@@ -2257,13 +2244,12 @@ def test_shutdown_wakes_all_and_frees_the_port(serve: Serve, connect: Connect) -
     for askers in (1, 5):  # the second server at once on the port of the first
         server = serve(port)
         port = server.port
-        clients = [connect(port, timeout=t) for t in [10.0] * 5 + [0.7] * 5]
-        asking, others = clients[:5], clients[5:]
-        asking[0].put("t", "x")
+        first, others = ([connect(port, timeout=t) for _ in range(5)] for t in (9, 0.7))
+        first[0].put("t", "x")
         waiting = [begin(other.get_wait, "u", math.inf) for other in others]
         eventually_waiting(server, "u", 5)
         with within(5):
-            together(lambda mq: mq.shutdown_server(), asking[:askers])
+            together(lambda mq: mq.shutdown_server(), first[:askers])
             raises(ConnectionRefusedError, None, socket.create_connection, (HOST, port))
             server.join()
         for outcome in waiting:
@@ -2615,16 +2601,17 @@ def test_put_takes_messages_or_lines_and_options_anywhere(
     assert mq.get_many("t", 40_000) == messages
 
 
-def test_put_says_how_many_lines_it_stored_before_an_error(serve: Serve) -> None:
+def test_put_says_what_was_stored_at_an_error(serve: Serve, monkeypatch: Patch) -> None:
     server = serve(max_bytes=3_000_000)
     put = f"dsmq put t --port {server.port}"
     status, _, errors = shell(put, "x\n" * 50_000)
     stored = server.store.stats()["messages"]
     assert status == 1 and f"dsmq: stopped after {stored} lines: " in errors and stored
-    for stdin in (b"x\n\xff\n", b"x" * (17 << 20)):
-        status, _, errors = shell(put, stdin)
-        assert status == 1 and "stopped after 0 lines" in errors
+    assert "dsmq: stopped after 0 lines" in shell(put, b"x\n\xff\n")[2]
     assert shell(f"{put} 2>&-", b"\xff") == (1, "", "")  # nowhere to say it
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: 0))
+    monkeypatch.setattr(os, "read", lambda *_: b"x" * (5 << 20))  # no end of a line
+    raises(DSMQError, "lines: a line is longer", dsmq._put, "t", port=server.port)
 
 
 def test_put_hands_on_each_line_as_it_comes(server: Server, connect: Connect) -> None:
@@ -2639,8 +2626,8 @@ def test_put_hands_on_each_line_as_it_comes(server: Server, connect: Connect) ->
     ("options", "status", "lines"),
     [
         ("a --count 2", 0, ["hé", "llo", ""]),
-        ("a --timeout 0.6", 0, ["hé", "llo", ""]),
-        ("a --timeout 0.6 --count 3", 1, ["hé", "llo", ""]),
+        ("a --timeout 0.5", 0, ["hé", "llo", ""]),
+        ("a --timeout 0.5 --count 3", 1, ["hé", "llo", ""]),
         ("a --count 3 b", 0, ["a hé", "llo", "a ", "b y"]),
         ("a --json --count 2", 0, [ENTRY % ("a", r"h\u00e9\nllo"), ENTRY % ("a", "")]),
         ("b --json --timeout inf --count 1", 0, [ENTRY % ("b", "y")]),
