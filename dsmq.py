@@ -1932,6 +1932,9 @@ class DSMQClientSideConnection:
             after = reader.ids[-1] if reader else self._start
             if reader and wanted is None:
                 after = reader.cursor
+            lives = reader and reader.expires > time.monotonic()
+            if reader and lives and wanted == 0 and reader.next < len(reader.ids):
+                return True  # another thread has just read it ahead
         if wanted is None:
             ids, texts, expires = self._read_latest(link, key, after)
         else:
@@ -2189,7 +2192,7 @@ if last and tonumber(last) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local id = KEYS[3] and redis.call('GET', KEYS[3]) or '0-0'
-local run = id ~= '0-0' and redis.call('GET', KEYS[4]) or ''
+local run = KEYS[4] and redis.call('GET', KEYS[4]) or ''
 local ms, number = string.match(id, '(%d+)-(%d+)')
 if KEYS[3] and string.find(run, ARGV[4], 1, true) ~= 1 then
     run = table.concat({ARGV[4], ms .. '-' .. number, time[1] .. '.' .. time[2]}, ' ')
