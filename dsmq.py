@@ -899,7 +899,7 @@ class _Server(socketserver.ThreadingTCPServer):
         # A client may be gone between select and accept, which then must not wait.
         listener.settimeout(POLL_SECONDS)
         self.socket, self.server_address = listener, listener.getsockname()
-        _serving.add(self)
+        _forked.add(self)
 
     def run(self) -> None:
         """Serves until stopped, then closes."""
@@ -1026,6 +1026,12 @@ class _Server(socketserver.ThreadingTCPServer):
             self.connections.discard(request)
             self._gate.notify_all()
 
+    def _leave_to_parent(self) -> None:
+        """Or ports and peers would have to wait for the child's end, too."""
+        self.socket.close()
+        for connection in list(self.connections):
+            connection.close()
+
     def note(self, level: int, text: str, *values: object) -> None:
         """Logs what a peer did, ten times a second at most: a hostile one must not fill
         the disk."""
@@ -1039,20 +1045,13 @@ class _Server(socketserver.ThreadingTCPServer):
         self.note(logging.ERROR, "a fault serving %s", request.peer)
 
 
-_serving: weakref.WeakSet[_Server] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    """A forked child closes what its parent serves, or ports and peers would have to
-    wait for the child's end, too."""
-    for server in list(_serving):
-        server.socket.close()
-        for connection in list(server.connections):
-            connection.close()
-
+# Servers and clients: what a forked child closes of its parent's.
+_forked: weakref.WeakSet[Any] = weakref.WeakSet()
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    os.register_at_fork(
+        after_in_child=lambda: [each._leave_to_parent() for each in list(_forked)]
+    )
 
 
 def _messages_reply(batch: Batch) -> bytes:
@@ -1513,9 +1512,6 @@ class _Link:
     __del__ = drop  # a client that was never closed gives no ResourceWarning
 
 
-_Links = set["weakref.ref[_Link]"]
-
-
 class _Reader:
     """A topic's cursor, and the messages after it that have been read already.
 
@@ -1540,11 +1536,6 @@ class _Reader:
 
     def dropped(self) -> _Reader:
         return _Reader(self.cursor, [], [], math.inf)
-
-    def moved(self, after: int) -> _Reader:
-        """To be read on from an id; what was read ahead comes before."""
-        unread = self.texts[self.next :]
-        return _Reader(after, [after] * len(unread), unread, self.expires)
 
     def extended(self, ids: list[int], texts: list[str], expires: float) -> _Reader:
         """With the messages not in it yet, of a read that began within it or before."""
@@ -1596,7 +1587,7 @@ class DSMQClientSideConnection:
         self._host, self._port = host, port
         self._timeout, self._since = float(timeout), since
         self._secret, self._tls = secret, tls
-        self._closed = False
+        self.closed = False  # whether `close` was called
         self._server: str | None = None  # the name of the one that the cursors are for
         self._start = 0  # where reading a topic begins: the head at connect
         self._max_frame_bytes = MAX_FRAME_BYTES
@@ -1605,44 +1596,45 @@ class DSMQClientSideConnection:
         self._cursors: dict[str, _Reader] = {}
         self._turn = 0  # grows with each change of cursors, to tell a signal handler's
         self._tidy_at = 100  # cursors, to look which are needed no more
-        self._processes: dict[int, tuple[threading.RLock, _Links, list[_Link]]] = {}
         self._begin()
         self._call(lambda link: None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
+        state = "closed" if self.closed else "open"
         return f"<{type(self).__name__} to {self._host}:{self._port}, {state}>"
 
     # One object in several threads and processes
 
     def _begin(self) -> None:
-        """Takes what belongs to this process alone, made anew after a fork. Threads of
-        a forked process may come here together: all take the first one's."""
-        pid = os.getpid()
-        own = self._processes.setdefault(pid, (threading.RLock(), set(), []))
-        # The lock guards cursors, `_server` and `_start`; it is not held while talking
-        # to the server. Reentrant, because a signal handler may use the client, too.
+        """Makes what belongs to one process alone."""
+        # Guards cursors, `_server` and `_start`; not held while talking to the server.
+        # Reentrant, because a signal handler may use the client, too.
+        self._lock = threading.RLock()
         # Connections: all (weakly, or one lost to an interrupt between two lines of
         # `_call` would stay open), and those not in use.
-        self._lock, self._links, self._idle = own
-        self._pid = pid
-        for other in set(self._processes) - {pid}:
-            # The parent's connections are closed here, but not shut down.
-            for reference in self._processes.pop(other, own)[1] - own[1]:
-                if link := reference():
-                    link.drop()
+        self._links: set[weakref.ref[_Link]] = set()
+        self._idle: list[_Link] = []
+        _forked.add(self)
+
+    def _leave_to_parent(self) -> None:
+        """The parent's connections are closed here, but not shut down."""
+        links = self._links
+        self._begin()
+        for reference in list(links):
+            if link := reference():
+                link.drop()
 
     def _check_usable(self) -> None:
-        if self._pid != os.getpid():
-            self._begin()
-        if self._closed:
+        if self.closed:
             raise ConnectionError("this client is closed")
 
     def __getstate__(self) -> _Fields:
-        own = ("_lock", "_links", "_idle", "_pid")
+        own = ("_lock", "_links", "_idle")
         state = {k: v for k, v in self.__dict__.items() if k not in own}
-        cursors = {t: r.dropped() for t, r in [*self._cursors.items()]}
-        return {**state, "_cursors": cursors, "_processes": {}}
+        return {
+            **state,
+            "_cursors": {t: r.dropped() for t, r in [*self._cursors.items()]},
+        }
 
     def __setstate__(self, state: _Fields) -> None:
         self.__dict__.update(state)
@@ -1653,8 +1645,7 @@ class DSMQClientSideConnection:
     def _call(self, work: Callable[[_Link], _T]) -> _T:
         """`work` done with a connection, and done again on a new one if that is lost,
         until `timeout` has passed."""
-        if self._closed or self._pid != os.getpid():
-            self._check_usable()
+        self._check_usable()
         pause, failure = RETRY_PAUSE_SECONDS, None
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
@@ -1685,7 +1676,7 @@ class DSMQClientSideConnection:
                 pause = min(2 * pause, 0.25)
         finally:
             link.fresh = False
-            if not link.ready or self._closed:  # by another thread, meanwhile
+            if not link.ready or self.closed:  # by another thread, meanwhile
                 link.drop()
             if len(self._idle) < 16:
                 self._idle.append(link)
@@ -1746,9 +1737,10 @@ class DSMQClientSideConnection:
             # What is new there is to be read; what was read ahead comes before.
             if known is None or self._start > last:
                 self._start = head if known is None else begin
-            for topic, reader in self._cursors.items():
+            for reader in self._cursors.values():
                 if reader.ids[-1] > last:
-                    self._cursors[topic] = reader.moved(min(reader.ids[-1], begin))
+                    after = min(reader.ids[-1], begin)
+                    reader.ids = [after] * len(reader.ids)
             self._server = name
             self._turn += 1
 
@@ -1886,8 +1878,7 @@ class DSMQClientSideConnection:
 
     def _take(self, topic: str, limit: int, fetched: bool = False) -> list[str]:
         """Hands out messages read ahead, up to `limit`."""
-        if self._closed or self._pid != os.getpid():
-            self._check_usable()
+        self._check_usable()
         texts: list[str] = []
         begin = end = 0
         try:
@@ -1916,17 +1907,7 @@ class DSMQClientSideConnection:
         """Reads messages ahead, waiting for the first: as many as seems good (wanted is
         0), at least so many, or the newest alone (None). Whether there were any."""
         if len(self._cursors) >= self._tidy_at:
-            # Topics of which all that was handed out has expired need no cursor.
-            expired = self._expired(link)
-            with self._lock:
-                if self._server == link.server:  # whose ids these are
-                    cursors = self._cursors.items()
-                    self._cursors = {
-                        t: r
-                        for t, r in cursors
-                        if r.ids[-1] > expired or r.next < len(r.ids)
-                    }
-                    self._tidy_at = 2 * len(self._cursors) + 100
+            self._tidy(link)
         with self._lock:
             reader = self._cursors.get(topic)
             after = reader.ids[-1] if reader else self._start
@@ -1957,6 +1938,16 @@ class DSMQClientSideConnection:
                     break
         return True
 
+    def _tidy(self, link: _Link) -> None:
+        """Forgets cursors of topics of which all that was handed out has expired."""
+        expired = self._expired(link)
+        with self._lock:
+            if self._server == link.server:  # whose ids these are
+                for topic, reader in [*self._cursors.items()]:
+                    if reader.ids[-1] <= expired and reader.next == len(reader.ids):
+                        del self._cursors[topic]
+                self._tidy_at = 2 * len(self._cursors) + 100
+
     # What another engine does in its own way
 
     def _key(self, topic: str) -> bytes:
@@ -1973,7 +1964,7 @@ class DSMQClientSideConnection:
             raise ValueError(f"{text} fit into a frame of the server")
         return key
 
-    def _store(self, key: bytes, load: list[bytes], link: _Link) -> None:
+    def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
         """Puts a load of messages, of which the link tells the number."""
         number = link.sequence
         head = b'{"action":"put","client":"%b",' % link.name
@@ -2042,16 +2033,9 @@ class DSMQClientSideConnection:
 
         self._call(ask)
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
-
     def close(self) -> None:
         """Ends the connection, and the calls of other threads. May be called again."""
-        if self._pid != os.getpid():
-            self._begin()
-        self._closed = True
+        self.closed = True
         for reference in list(self._links):
             link = reference()
             if link and (connection := link.connection):  # which its call may drop
@@ -2068,24 +2052,13 @@ class DSMQClientSideConnection:
 
 
 def _connected(host: str, port: int, end: float) -> FrameSocket:
-    """A connection to the first of the host's addresses that takes one."""
+    seconds = min(max(end - time.monotonic(), 0.002), LONGEST_SECONDS)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # A name may have several addresses, and the first may be silent.
+        sock = socket.create_connection((host, port), seconds / 2)
     except UnicodeError as error:  # of the encoding of names
         raise ValueError(f"host {_shown(host)} cannot be a name: {error}") from None
-    failure: OSError | None = None
-    try:
-        for *_, address in found:
-            left = min(end - time.monotonic(), LONGEST_SECONDS)
-            if left > 0:
-                try:
-                    sock = socket.create_connection((str(address[0]), port), left)
-                    return FrameSocket(sock, MAX_FRAME_BYTES)
-                except OSError as error:
-                    failure = error
-        raise failure or TimeoutError("timed out")
-    finally:
-        failure = None  # whose traceback leads back here
+    return FrameSocket(sock, MAX_FRAME_BYTES)
 
 
 def _client_context(tls: _TLS) -> ssl.SSLContext:
@@ -2178,10 +2151,8 @@ _REDIS_LOOK_SECONDS = 10.0  # between looks at its clock and head
 # Stores messages, all or none. KEYS: the stream, the client's last put and, unless in a
 # cluster, dsmq:head and dsmq:run. ARGV: the put's number, milliseconds to keep its
 # messages and its number, the server's run, and the messages. Without any it gives the
-# time, the head and the run.
-#
-# Lower numbers than the last are refused too: they come late, on a connection given up.
-# As a replica takes in stream and number together, it has both or neither.
+# time, the head and the run. A lower number than the last comes late, on a connection
+# given up.
 #
 # Redis would make an id on a topic without messages from its clock alone. But two
 # topics may share a millisecond, and a clock may step back. Ids made from dsmq:head
@@ -2210,11 +2181,6 @@ redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
 redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', now - ARGV[2] + 1))
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
-# The messages of a topic and the bytes they take, once those too old are freed.
-_REDIS_SIZE = """
-redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
-return {redis.call('XLEN', KEYS[1]), redis.call('MEMORY', 'USAGE', KEYS[1])}
-"""
 
 # What an error of the package becomes, by its class and text. All else (a restart, a
 # failover, a slot on the move) passes: a ConnectionError, so it is retried.
@@ -2241,7 +2207,7 @@ class _RedisConnection(DSMQClientSideConnection):
     _time_to_live = TIME_TO_LIVE_SECONDS  # to be the same for all clients
     _clustered: bool | None = None  # not known yet
     _nodes: tuple[Any, ...] = ()  # host and port of a cluster's, as last heard of
-    _mean_bytes = 0  # of the messages read last
+    _count = 10  # of messages to read at a time
 
     def __init__(
         self, url: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
@@ -2258,26 +2224,20 @@ class _RedisConnection(DSMQClientSideConnection):
         super().__init__(host, port, timeout, None, tls, since)
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
-        def attempt(link: _Link) -> _T:
-            made, left = link.connection, link.end - time.monotonic()
-            if not made.seconds / 2 <= min(left, LONGEST_SECONDS) <= made.seconds * 2:
-                link.drop()  # it was made for a call that had less time, or more
-                self._dial(link)
-            elif time.monotonic() > made.looked + _REDIS_LOOK_SECONDS:
-                link.ready = False
-                self._translate(self._look, link)
-            link.ready = True
-            return self._translate(work, link)
-
-        return super()._call(attempt)
+        return super()._call(partial(self._translated, work))
 
     def _dial(self, link: _Link) -> None:
-        self._translate(self._connect, link)
+        self._translated(self._connect, link)
 
-    def _translate(self, work: Callable[[_Link], _T], link: _Link) -> _T:
+    def _translated(self, work: Callable[[_Link], _T], link: _Link) -> _T:
         """`work` done, with errors as every dsmq client raises them."""
         before = sys.exc_info()[1]  # was there already, so it is no cause
         try:
+            made = link.connection
+            if made and time.monotonic() > made.looked + _REDIS_LOOK_SECONDS:
+                link.ready = False
+                self._look(link)
+                link.ready = True
             return work(link)
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
@@ -2301,7 +2261,8 @@ class _RedisConnection(DSMQClientSideConnection):
             redis: Any = importlib.import_module("redis")  # only who uses it needs it
         except ImportError as error:
             raise DSMQError(f"Redis needs pip install redis ({error})") from error
-        seconds = min(max(link.end - time.monotonic(), 0.001), LONGEST_SECONDS)
+        # Half of the time, so that a connection forgotten on the way is made anew.
+        seconds = min(max(link.end - time.monotonic(), 0.002), LONGEST_SECONDS) / 2
         options: _Fields = {
             **self._options,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
@@ -2319,24 +2280,20 @@ class _RedisConnection(DSMQClientSideConnection):
             client = redis.RedisCluster.from_url(self._url, **options)
             self._nodes = tuple((node.host, node.port) for node in client.get_nodes())
             close = client.disconnect_connection_pools
-        else:
-            client = redis.Redis.from_url(self._url, **options)
+        else:  # one connection, not made anew unnoticed
+            client = redis.Redis.from_url(self._url, **options).client()
             close = client.close
         made = SimpleNamespace(client=client, close=close, shut=close, seconds=seconds)
         link.connection = made
         self._check_usable()  # another thread may have closed it just before
-        made.run = ""
-        if not self._clustered:
-            made.client = client.client()  # one connection, not made anew unnoticed
-            made.run = made.client.info("server")["run_id"]
+        made.run = "" if self._clustered else client.info("server")["run_id"]
         self._look(link)
 
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
-        made, known, nowhere = link.connection, self._server, b"{dsmq:}"
+        made, known = link.connection, self._server
         made.looked = time.monotonic()
-        words = self._put_words(link, nowhere, [])
-        seconds, micros, id_, name = self._home(made, nowhere).eval(*words)
+        seconds, micros, id_, name = self._store(b"{dsmq:}", [], link)
         made.ahead = seconds + micros / 1e6 - made.looked
         now = seconds * 1000 + micros // 1000
         start, link.server = _redis_id(id_), name.decode() or "cluster"
@@ -2352,26 +2309,19 @@ class _RedisConnection(DSMQClientSideConnection):
         ids = start, _redis_id(began), _redis_id(last)
         self._note_server(known, link.server, *ids)
 
-    def _home(self, made: Any, key: bytes) -> Any:
-        """The package's client of the server that has the key."""
-        if not self._clustered:
-            return made.client
-        return made.client.get_redis_connection(made.client.get_node_from_key(key))
-
     def _ask(self, link: _Link, key: bytes, command: str, *words: Any) -> Any:
         """What the server that has the key answers."""
-        redis: Any = sys.modules["redis"]
+        server = client = link.connection.client
         link.ready = False  # until the whole reply is in
         try:
-            reply = getattr(self._home(link.connection, key), command)(*words)
-        except redis.exceptions.AskError as to:  # for once, or MovedError, for good
-            # The link is not ready after that, so the next call makes a new map.
-            node = redis.cluster.ClusterNode(to.host, to.port)
-            with link.connection.client.get_redis_connection(node).client() as server:
-                server.execute_command("ASKING")
-                reply = getattr(server, command)(*words)
-            server.connection_pool.disconnect()
-            return reply
+            if self._clustered:  # which itself would ask where a command has its key
+                server = client.get_redis_connection(client.get_node_from_key(key))
+            reply = getattr(server, command)(*words)
+        except Exception as error:
+            if type(error).__name__ != "AskError":
+                raise
+            # A slot on the move. The link is not ready, so the next call has a new map.
+            return getattr(client, command)(*words)
         link.ready = True
         return reply
 
@@ -2379,53 +2329,42 @@ class _RedisConnection(DSMQClientSideConnection):
         super()._key(topic)
         return b"{dsmq:%b}" % topic.encode()
 
-    def _store(self, key: bytes, load: list[bytes], link: _Link) -> None:
-        self._ask(link, key, "eval", *self._put_words(link, key, load))
-
-    def _put_words(self, link: _Link, key: bytes, load: list[bytes]) -> list[Any]:
+    def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
         own = [] if self._clustered else ["dsmq:head", "dsmq:run"]
         keys = [key, key + link.name, *own]
         # As long as this call may send it again.
         remembered = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
         times = [int(s * 1000) for s in (self._time_to_live, remembered)]
         rest = [link.sequence, *times, link.connection.run, *load]
-        return [_REDIS_PUT, len(keys), *keys, *rest]
+        return self._ask(link, key, "eval", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
         self, link: _Link, key: bytes, after: int, wanted: int, wait: float
     ) -> _Messages:
-        budget = self._read_ahead_bytes
-        fitting = budget // self._mean_bytes if self._mean_bytes else 10
-        count = max(1, min(fitting, wanted or 100, 100))
-        # Less next time, unless this one gets through.
-        self._read_ahead_bytes = max(budget // 2, 1)
-
+        count = min(self._count, wanted or 100)
+        self._count = max(count // 2, 1)  # unless this one gets through
         seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
         block = max(int(seconds * 1000), 1) if wait else None
         streams = {key: self._place(link, after)}
         found = self._ask(link, key, "xread", streams, count, block)
-        self._read_ahead_bytes = min(2 * budget, FIRST_READ_AHEAD_BYTES)
-        return self._messages(link, found[0][1] if found else [])
+        ids, texts, expires = self._messages(link, found[0][1] if found else [])
+        mean_bytes = sum(map(len, texts)) // max(len(texts), 1) + 1
+        self._count = min(2 * count, FIRST_READ_AHEAD_BYTES // mean_bytes + 1, 100)
+        return ids, texts, expires
 
     def _read_latest(self, link: _Link, key: bytes, after: int) -> _Messages:
-        place = b"(" + self._place(link, after)
-        return self._messages(
-            link, self._ask(link, key, "xrevrange", key, "+", place, 1)
-        )
+        words = key, "+", b"(" + self._place(link, after), 1
+        return self._messages(link, self._ask(link, key, "xrevrange", *words))
 
     def _place(self, link: _Link, after: int) -> bytes:
         """The id, or that of the last that has expired, as Redis writes it."""
         return b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
 
     def _messages(self, link: _Link, rows: list[Any]) -> _Messages:
-        if not rows:
-            return [], [], 0.0
         ids = [_redis_id(id_) for id_, _ in rows]
-        texts = [fields[b"message"] for _, fields in rows]
-        self._mean_bytes = sum(map(len, texts)) // len(texts) + 1
-        expires = ids[0] // _REDIS_ID / 1000 + self._time_to_live
-        expires -= link.connection.ahead
-        return ids, [text.decode(errors="replace") for text in texts], expires
+        texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
+        begun = ids[0] // _REDIS_ID / 1000 if ids else 0.0
+        return ids, texts, begun + self._time_to_live - link.connection.ahead
 
     def _expired(self, link: _Link) -> int:
         now = time.monotonic() + link.connection.ahead
@@ -2434,25 +2373,26 @@ class _RedisConnection(DSMQClientSideConnection):
     def stats(self) -> _Fields:
         """As of a dsmq server, over all nodes. `version` and `clients` are those of
         Redis, `max_bytes` is its maxmemory, 0 for none. Looks at each of its keys."""
+        topics: dict[str, dict[str, int]] = {}
 
         def ask(link: _Link) -> Any:
-            client, servers, topics = link.connection.client, [], {}
+            client, oldest = link.connection.client, self._expired(link) // _REDIS_ID
             link.ready = False
-            servers = [client]
-            if self._clustered:
-                nodes = client.get_primaries()
-                servers = [client.get_redis_connection(node) for node in nodes]
-            oldest = self._expired(link) // _REDIS_ID + 1
+            nodes = client.get_primaries() if self._clustered else ()
+            servers = [client.get_redis_connection(n) for n in nodes] or [client]
+            topics.clear()
             for server in servers:
                 for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
-                    size = server.eval(_REDIS_SIZE, 1, key, oldest)
-                    name = key[len("{dsmq:") : -1].decode(errors="replace")
-                    topics[name] = dict(zip(("messages", "bytes"), size))
+                    server.xtrim(key, minid=oldest + 1, approximate=False)
+                    size = server.memory_usage(key)
+                    if messages := server.xlen(key):
+                        name = key[len("{dsmq:") : -1].decode(errors="replace")
+                        topics[name] = {"messages": messages, "bytes": size or 0}
             infos = [server.info() for server in servers]
             link.ready = True
-            return infos, {t: size for t, size in topics.items() if size["messages"]}
+            return infos
 
-        infos, topics = self._call(ask)
+        infos = self._call(ask)
         return {
             "version": infos[0]["redis_version"],
             "uptime": float(infos[0]["uptime_in_seconds"]),
