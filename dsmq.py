@@ -2309,19 +2309,19 @@ class _RedisConnection(DSMQClientSideConnection):
         ids = start, _redis_id(began), _redis_id(last)
         self._note_server(known, link.server, *ids)
 
-    def _ask(self, link: _Link, key: bytes, command: str, *words: Any) -> Any:
+    def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:
         """What the server that has the key answers."""
         server = client = link.connection.client
         link.ready = False  # until the whole reply is in
         try:
             if self._clustered:  # which itself would ask where a command has its key
                 server = client.get_redis_connection(client.get_node_from_key(key))
-            reply = getattr(server, command)(*words)
+            reply = server.execute_command(*command)
         except Exception as error:
             if type(error).__name__ != "AskError":
                 raise
             # A slot on the move. The link is not ready, so the next call has a new map.
-            return getattr(client, command)(*words)
+            return client.execute_command(*command)
         link.ready = True
         return reply
 
@@ -2336,7 +2336,7 @@ class _RedisConnection(DSMQClientSideConnection):
         remembered = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
         times = [int(s * 1000) for s in (self._time_to_live, remembered)]
         rest = [link.sequence, *times, link.connection.run, *load]
-        return self._ask(link, key, "eval", _REDIS_PUT, len(keys), *keys, *rest)
+        return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
         self, link: _Link, key: bytes, after: int, wanted: int, wait: float
@@ -2344,17 +2344,17 @@ class _RedisConnection(DSMQClientSideConnection):
         count = min(self._count, wanted or 100)
         self._count = max(count // 2, 1)  # unless this one gets through
         seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
-        block = max(int(seconds * 1000), 1) if wait else None
-        streams = {key: self._place(link, after)}
-        found = self._ask(link, key, "xread", streams, count, block)
+        block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
+        streams = "STREAMS", key, self._place(link, after)
+        found = self._ask(link, key, "XREAD", "COUNT", count, *block, *streams)
         ids, texts, expires = self._messages(link, found[0][1] if found else [])
         mean_bytes = sum(map(len, texts)) // max(len(texts), 1) + 1
         self._count = min(2 * count, FIRST_READ_AHEAD_BYTES // mean_bytes + 1, 100)
         return ids, texts, expires
 
     def _read_latest(self, link: _Link, key: bytes, after: int) -> _Messages:
-        words = key, "+", b"(" + self._place(link, after), 1
-        return self._messages(link, self._ask(link, key, "xrevrange", *words))
+        range_ = "+", b"(" + self._place(link, after), "COUNT", 1
+        return self._messages(link, self._ask(link, key, "XREVRANGE", key, *range_))
 
     def _place(self, link: _Link, after: int) -> bytes:
         """The id, or that of the last that has expired, as Redis writes it."""
