@@ -1075,7 +1075,8 @@ def _proof(secret: str, role: str, nonce: str, challenge: str) -> str:
     import hmac
 
     text = f"dsmq {role}:{nonce}:{challenge}"
-    return hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
+    data = text.encode(errors="replace")
+    return hmac.new(secret.encode(), data, "sha256").hexdigest()
 
 
 def _same(proof: object, expected: str) -> bool:
@@ -1523,7 +1524,11 @@ class _Reader:
     __slots__ = "expires", "ids", "next", "texts"
 
     def __init__(
-        self, after: int, ids: list[int], texts: list[str], expires: float
+        self,
+        after: int,
+        ids: Iterable[int] = (),
+        texts: Iterable[str] = (),
+        expires: float = math.inf,
     ) -> None:
         self.ids, self.texts = [after, *ids], ["", *texts]
         self.expires = expires  # monotonic time at which the oldest unread expires
@@ -1533,9 +1538,6 @@ class _Reader:
     def cursor(self) -> int:
         """The id of the last message handed out, or where the reader began."""
         return self.ids[self.next - 1]
-
-    def dropped(self) -> _Reader:
-        return _Reader(self.cursor, [], [], math.inf)
 
     def extended(self, ids: list[int], texts: list[str], expires: float) -> _Reader:
         """With the messages not in it yet, of a read that began within it or before."""
@@ -1568,13 +1570,7 @@ class DSMQClientSideConnection:
     _message_bytes = 1  # that one takes in a request beside its text: a comma
 
     def __init__(
-        self,
-        host: str,
-        port: int,
-        timeout: float,
-        secret: str | None,
-        tls: _TLS,
-        since: float,
+        self, host: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
     ) -> None:
         _check_address(host, port)
         _check_number("timeout", timeout, 0.001, math.inf)
@@ -1586,7 +1582,8 @@ class DSMQClientSideConnection:
             raise ValueError("tls must not be an empty path: it would say nothing")
         self._host, self._port = host, port
         self._timeout, self._since = float(timeout), since
-        self._secret, self._tls = secret, tls
+        self._secret: str | None = secret
+        self._tls = tls
         self.closed = False  # whether `close` was called
         self._server: str | None = None  # the name of the one that the cursors are for
         self._start = 0  # where reading a topic begins: the head at connect
@@ -1631,10 +1628,8 @@ class DSMQClientSideConnection:
     def __getstate__(self) -> _Fields:
         own = ("_lock", "_links", "_idle")
         state = {k: v for k, v in self.__dict__.items() if k not in own}
-        return {
-            **state,
-            "_cursors": {t: r.dropped() for t, r in [*self._cursors.items()]},
-        }
+        cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
+        return {**state, "_cursors": cursors}
 
     def __setstate__(self, state: _Fields) -> None:
         self.__dict__.update(state)
@@ -1645,8 +1640,9 @@ class DSMQClientSideConnection:
     def _call(self, work: Callable[[_Link], _T]) -> _T:
         """`work` done with a connection, and done again on a new one if that is lost,
         until `timeout` has passed."""
-        self._check_usable()
-        pause, failure = RETRY_PAUSE_SECONDS, None
+        if self.closed:
+            self._check_usable()
+        pause = RETRY_PAUSE_SECONDS
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
         except IndexError:
@@ -1665,15 +1661,13 @@ class DSMQClientSideConnection:
                 except OSError as error:
                     link.drop()
                     self._check_usable()
-                    failure, left = error, link.end - time.monotonic()
-                    if left < 0.01 * self._timeout or _is_final(error):
+                    # Shorter and shorter towards the end, so that the time is used up;
+                    # and never long, so that a server that has just started is found.
+                    left = 0.0 if _is_final(error) else link.end - time.monotonic()
+                    time.sleep(max(min(pause, left / 2), 0.0))
+                    if left < 0.01 * self._timeout or time.monotonic() >= link.end:
                         raise self._named(error) from error
-                # Shorter and shorter towards the end, so that the time is used up; and
-                # never long, so that a server that has just started is found.
-                time.sleep(min(pause, left / 2))
-                if time.monotonic() >= link.end:  # it has overslept
-                    raise self._named(failure) from failure
-                pause = min(2 * pause, 0.25)
+                    pause = min(2 * pause, 0.25)
         finally:
             link.fresh = False
             if not link.ready or self.closed:  # by another thread, meanwhile
@@ -1682,7 +1676,6 @@ class DSMQClientSideConnection:
                 self._idle.append(link)
             else:  # many threads called at the same moment, and may not again
                 link.drop()
-            failure = None  # whose traceback leads back here
 
     def _dial(self, link: _Link) -> None:
         """Connects a link; begins anew if it finds another server than before.
@@ -1700,15 +1693,17 @@ class DSMQClientSideConnection:
             context = _client_context(self._tls)
             link.connection.start_tls(context, link.end, self._host)
         link.fresh, nonce = True, os.urandom(32).hex()
-        since = 0.0 if known else self._since
-        reply = link.exchange(self._hello(since, nonce))
+        hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
+        if not known:  # JSON knows no infinity
+            hello["since"] = min(self._since, 1e9)
+        if self._secret is not None:
+            hello["nonce"] = nonce
+        reply = link.exchange(encode_object(hello))
         limit = max(_reply_integer(reply, "max_frame_bytes"), MIN_FRAME_BYTES)
         if self._secret is not None:
-            # In ASCII whatever they are, as those of an honest server are.
-            proof, challenge = (
-                ascii(reply.get(k))[1:-1] for k in ("proof", "challenge")
-            )
-            if not _same(proof, _proof(self._secret, "server", nonce, challenge)):
+            challenge = str(reply.get("challenge"))
+            proof = _proof(self._secret, "server", nonce, challenge)
+            if not _same(reply.get("proof"), proof):
                 raise AuthenticationError("the server does not know the secret")
             answer = _proof(self._secret, "client", nonce, challenge)
             request = encode_object({"action": "authenticate", "proof": answer})
@@ -1716,13 +1711,6 @@ class DSMQClientSideConnection:
         self._max_frame_bytes = link.connection.max_frame_bytes = limit
         link.server = str(reply.get("server"))
         self._note_server(known, link.server, _reply_integer(reply, "head"))
-
-    def _hello(self, since: float, nonce: str) -> bytes:
-        hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
-        hello["since"] = min(since, 1e9)  # for JSON knows no infinity
-        if self._secret is not None:
-            hello["nonce"] = nonce
-        return encode_object(hello)
 
     def _note_server(
         self, known: str | None, name: str, head: int, begin: int = 0, last: int = 0
@@ -1871,9 +1859,9 @@ class DSMQClientSideConnection:
         is dropped when it expires."""
         reader = self._cursors.get(topic)
         if reader is None:
-            return _Reader(self._start, [], [], math.inf)
+            return _Reader(self._start)
         if not fetched and reader.expires <= time.monotonic():
-            reader = self._cursors[topic] = reader.dropped()
+            reader = self._cursors[topic] = _Reader(reader.cursor)
         return reader
 
     def _take(self, topic: str, limit: int, fetched: bool = False) -> list[str]:
@@ -1909,17 +1897,13 @@ class DSMQClientSideConnection:
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         with self._lock:
-            reader = self._cursors.get(topic)
-            after = reader.ids[-1] if reader else self._start
-            if reader and wanted is None:
-                after = reader.cursor
-            lives = reader and reader.expires > time.monotonic()
-            if reader and lives and wanted == 0 and reader.next < len(reader.ids):
-                return True  # another thread has just read it ahead
-        if wanted is None:
-            ids, texts, expires = self._read_latest(link, key, after)
-        else:
-            ids, texts, expires = self._read(link, key, after, wanted, wait)
+            after = self._start
+            if topic in self._cursors:
+                reader = self._reader(topic, fetched=False)
+                if wanted == 0 and reader.next < len(reader.ids):
+                    return True  # another thread has just read it ahead
+                after = reader.cursor if wanted is None else reader.ids[-1]
+        ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
             return False
         with self._lock:
@@ -1974,14 +1958,16 @@ class DSMQClientSideConnection:
         _reply_integer(link.exchange(request), "head")
 
     def _read(
-        self, link: _Link, key: bytes, after: int, wanted: int, wait: float
+        self, link: _Link, key: bytes, after: int, wanted: int | None, wait: float
     ) -> _Messages:
-        """The oldest messages after an id, waiting for the first."""
-        budget = self._read_ahead_bytes
+        """What `_fetch` wants of the messages after an id."""
+        begun, budget = time.monotonic(), self._read_ahead_bytes
+        if wanted is None:
+            request = b'{"action":"get_latest","topic":%b,"after":%d}' % (key, after)
+            return _reply_messages(link.exchange(encode_frame(request)), after, begun)
         # A slow line had better carry what is asked for, and no more.
         slow = wanted and budget < FIRST_READ_AHEAD_BYTES
         limit = wanted if slow else max(wanted, 1000)
-        begun = time.monotonic()
         # Half of the time that is left, so that an answer that does not come is told
         # from one that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
@@ -1999,15 +1985,9 @@ class DSMQClientSideConnection:
         self._read_ahead_bytes = max(line, LEAST_READ_AHEAD_BYTES)
         return _reply_messages(reply, after, begun)
 
-    def _read_latest(self, link: _Link, key: bytes, after: int) -> _Messages:
-        """The newest message after an id."""
-        request = b'{"action":"get_latest","topic":%b,"after":%d}' % (key, after)
-        reply = link.exchange(encode_frame(request))
-        return _reply_messages(reply, after, time.monotonic())
-
     def _expired(self, link: _Link) -> int:
         """An id up to which all messages have expired, by the server's own clock."""
-        request = self._hello(math.inf, "it is proven already")
+        request = encode_object({"action": "hello", "since": 1e9})
         return _reply_integer(link.exchange(request), "head")
 
     def stats(self) -> _Fields:
@@ -2339,26 +2319,23 @@ class _RedisConnection(DSMQClientSideConnection):
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
-        self, link: _Link, key: bytes, after: int, wanted: int, wait: float
+        self, link: _Link, key: bytes, after: int, wanted: int | None, wait: float
     ) -> _Messages:
+        # The id, or that of the last that has expired, as Redis writes it.
+        place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
+        if wanted is None:
+            newest = "XREVRANGE", key, "+", b"(" + place, "COUNT", 1
+            return self._messages(link, self._ask(link, key, *newest))
         count = min(self._count, wanted or 100)
         self._count = max(count // 2, 1)  # unless this one gets through
         seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
         block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
-        streams = "STREAMS", key, self._place(link, after)
-        found = self._ask(link, key, "XREAD", "COUNT", count, *block, *streams)
+        oldest = "XREAD", "COUNT", count, *block, "STREAMS", key, place
+        found = self._ask(link, key, *oldest)
         ids, texts, expires = self._messages(link, found[0][1] if found else [])
         mean_bytes = sum(map(len, texts)) // max(len(texts), 1) + 1
         self._count = min(2 * count, FIRST_READ_AHEAD_BYTES // mean_bytes + 1, 100)
         return ids, texts, expires
-
-    def _read_latest(self, link: _Link, key: bytes, after: int) -> _Messages:
-        range_ = "+", b"(" + self._place(link, after), "COUNT", 1
-        return self._messages(link, self._ask(link, key, "XREVRANGE", key, *range_))
-
-    def _place(self, link: _Link, after: int) -> bytes:
-        """The id, or that of the last that has expired, as Redis writes it."""
-        return b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
 
     def _messages(self, link: _Link, rows: list[Any]) -> _Messages:
         ids = [_redis_id(id_) for id_, _ in rows]
