@@ -1578,8 +1578,8 @@ class DSMQClientSideConnection:
         _check_secret(secret)
         if not isinstance(tls, (bool, str, os.PathLike)):
             raise TypeError(f"tls must be a bool or a path, not {_shown(tls)}")
-        if tls == "":
-            raise ValueError("tls must not be an empty path: it would say nothing")
+        if not isinstance(tls, bool):
+            open(tls, "rb").close()  # its error names the path; that of ssl does not
         self._host, self._port = host, port
         self._timeout, self._since = float(timeout), since
         self._secret: str | None = secret
@@ -2044,8 +2044,6 @@ def _connected(host: str, port: int, end: float) -> FrameSocket:
 def _client_context(tls: _TLS) -> ssl.SSLContext:
     import ssl
 
-    if not isinstance(tls, bool):
-        open(tls, "rb").close()  # its error names the path; that of ssl does not
     context = ssl.create_default_context(cafile=None if isinstance(tls, bool) else tls)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
@@ -2058,7 +2056,7 @@ def _is_final(error: OSError) -> bool:
     name = type(error).__name__  # for ssl is imported only where TLS is used
     if name.startswith("SSL"):
         return name not in ("SSLEOFError", "SSLZeroReturnError", "SSLSyscallError")
-    return isinstance(error, (FrameError, FileNotFoundError))
+    return isinstance(error, FrameError)
 
 
 def _reply_integer(reply: _Fields, field: str) -> int:
@@ -2144,12 +2142,12 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local id = KEYS[3] and redis.call('GET', KEYS[3]) or '0-0'
 local run = KEYS[4] and redis.call('GET', KEYS[4]) or ''
-local ms, number = string.match(id, '(%d+)-(%d+)')
-if KEYS[3] and string.find(run, ARGV[4], 1, true) ~= 1 then
-    run = table.concat({ARGV[4], ms .. '-' .. number, time[1] .. '.' .. time[2]}, ' ')
+if KEYS[4] and string.find(run, ARGV[4], 1, true) ~= 1 then
+    run = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
     redis.pcall('SET', KEYS[4], run)
 end
-if #ARGV == 4 then return {tonumber(time[1]), tonumber(time[2]), id, run} end
+if #ARGV == 4 then return {now, id, run} end
+local ms, number = string.match(id, '(%d+)-(%d+)')
 ms, number = tonumber(ms), tonumber(number)
 for i = 5, #ARGV do
     if ms < now then ms, number = now, 0 else number = number + 1 end
@@ -2225,7 +2223,7 @@ class _RedisConnection(DSMQClientSideConnection):
                 raise
             cause: BaseException | None = error
             while cause is not None and cause is not before:
-                if isinstance(cause, FileNotFoundError) and self._url[:4] == "unix":
+                if isinstance(cause, FileNotFoundError):  # there is no such Unix socket
                     raise ConnectionRefusedError(str(error)) from None
                 if isinstance(cause, OSError):
                     raise cause from None
@@ -2273,9 +2271,8 @@ class _RedisConnection(DSMQClientSideConnection):
         """Notes the clock, where reading begins, and from where on if data was lost."""
         made, known = link.connection, self._server
         made.looked = time.monotonic()
-        seconds, micros, id_, name = self._store(b"{dsmq:}", [], link)
-        made.ahead = seconds + micros / 1e6 - made.looked
-        now = seconds * 1000 + micros // 1000
+        now, id_, name = self._store(b"{dsmq:}", [], link)
+        made.ahead = now / 1000 - made.looked
         start, link.server = _redis_id(id_), name.decode() or "cluster"
         run, began, _ = name.split() if name else (b"", b"0-0", b"")
         if self._clustered:

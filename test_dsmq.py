@@ -1311,9 +1311,9 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], type[Exception], dict[str, Any]
                  "redis://h/0#1", "redis://[::1", "redis://:12?34@h",
                  "redis://h?protocol=3", "redis://h?decode_responses=1"],
         "port": [-1, 65536], "timeout": [0, math.nan], "secret": ["", "\udc80"],
-        "tls": [""], "since": [-1, math.nan]}),
+        "since": [-1, math.nan]}),
     (functools.partial(dsmq.connect, port=1, timeout=0.1), OSError, {
-        "host": ["nowhere.invalid", "0.0.0.0"]}),
+        "host": ["nowhere.invalid", "0.0.0.0"], "tls": ["", "/nowhere.pem"]}),
     *((functools.partial(dsmq.connect, f"{name}://h"), ValueError, {
         "port": [1234], "secret": ["s"], "tls": [True]})
       for name in ("redis", "valkey", "unix")),
@@ -1337,7 +1337,7 @@ def test_wrong_arguments_of_connect_and_serve_raise_at_once() -> None:
             for value in values:
                 named = NAMED.get(name, name)
                 if error is OSError:  # for the hint, see 0.0.0.0
-                    named = r"nowhere|256\.256|a server listens on 127\.0\.0\.1"
+                    named = r"nowhere|''|256\.256|a server listens on 127\.0\.0\.1"
                 raises(error, named, function, **{name: value})
     for scheme in ("http", "tcp", "REDIS", "redis+sentinel"):
         named = re.escape(f"'{scheme}'://")
