@@ -1769,32 +1769,23 @@ class DSMQClientSideConnection:
             raise TypeError("msgs must be several messages, not one str")
         key = self._key(topic)
         room_bytes = self._max_frame_bytes - ENVELOPE_BYTES - len(key)
-        # All are checked before one goes.
-        for load in self._loads(msgs, room_bytes):
-            self._call(partial(self._store, key, load))
-
-    def _loads(self, msgs: Iterable[str], room_bytes: int) -> list[list[bytes]]:
-        """The messages, encoded, in loads that take up to `room_bytes` in a request."""
         loads: list[list[bytes]] = []
         left, each_bytes = 0, self._message_bytes
-        for msg in msgs:
+        for msg in msgs:  # all are checked before one goes
             if not isinstance(msg, str):
-                raise TypeError(
-                    f"a message must be a str, not {_shown(msg)}: json.dumps makes one"
-                    " of most things, base64.b64encode(...).decode() of bytes"
-                )
+                hint = "json.dumps makes one of most things, base64.b64encode of bytes"
+                raise TypeError(f"a message must be a str, not {_shown(msg)}: {hint}")
             body = self._encode(msg)
             if len(body) > room_bytes:
-                raise ValueError(
-                    f"the message {_shown(msg)} takes {len(body)} bytes, but"
-                    f" {room_bytes} fit into a frame of the server"
-                )
+                text = f"the message {_shown(msg)} takes {len(body)} bytes, but"
+                raise ValueError(f"{text} {room_bytes} fit into a frame of the server")
             if left < len(body) + each_bytes or len(loads[-1]) >= MAX_PUT_MESSAGES:
                 loads.append([])
                 left = room_bytes + each_bytes
             loads[-1].append(body)
             left -= len(body) + each_bytes
-        return loads
+        for load in loads:
+            self._call(partial(self._store, key, load))
 
     # Reading
 
