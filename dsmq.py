@@ -201,8 +201,8 @@ def _check_secret(secret: object) -> None:
 _HEADER = struct.Struct(">I")
 _ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
 # By the first bytes of a reply: who else may be listening there.
-_STRANGERS = {b"\x15\x03": "(it wants TLS)", b"HTTP": "(it speaks HTTP)"}
-_STRANGERS |= {b"-ERR": "(it may be a Redis)", b"-NOA": "(it may be a Redis)"}
+_STRANGERS = {b"\x15\x03": " (it wants TLS)", b"HT": " (it speaks HTTP)"}
+_STRANGERS |= dict.fromkeys((b"-E", b"-N"), " (it may be a Redis)")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=int).raw_decode  # int refuses NaN and such
 # glibc's malloc gives blocks as long as this one back to the system at once, and to get
@@ -240,9 +240,7 @@ def encode_object(fields: dict[str, Any]) -> bytes:
 def decode_object(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object in a frame's body. Raises FrameError if it is not one."""
     try:
-        text = str(body, "utf-8")
-        if text[:1] != "{" or text[-1:] != "}":
-            text = text.strip(" \t\r\n")
+        text = str(body, "utf-8").strip(" \t\r\n")
         value, end = _decode(text)
         if end != len(text):
             raise ValueError(f"there is more, at character {end}")
@@ -255,11 +253,6 @@ def decode_object(body: bytes | bytearray) -> dict[str, Any]:
 
 def _address(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
-
-
-def _would_wait(error: OSError) -> bool:
-    # By its name, for ssl is imported only where TLS is used.
-    return isinstance(error, BlockingIOError) or "SSLWant" in type(error).__name__
 
 
 class FrameSocket:
@@ -281,7 +274,7 @@ class FrameSocket:
         # Where single calls can be told not to wait (not on Windows), the others may: a
         # server's thread needs no second system call to wait for the next request.
         self._flag = getattr(socket, "MSG_DONTWAIT", 0)
-        self._raw = sock
+        self._would_wait: Any = BlockingIOError  # as a call says that does not wait
         self._sock: Any = sock  # or the TLS around it
         try:
             self.peer = _address(sock.getpeername())
@@ -309,22 +302,24 @@ class FrameSocket:
         """The handshake: a client's, if it says which host's certificate to expect."""
         import ssl
 
-        self._raw = self._sock = context.wrap_socket(
-            self._raw,
+        self._sock = context.wrap_socket(
+            self._sock,
             server_side=host is None,
             server_hostname=host,
             do_handshake_on_connect=False,  # but when `shut` can end it
         )
-        self._raw.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
+        self._sock.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
         try:
             self._sock.do_handshake()
         except ssl.SSLError as error:
             if host is not None:
                 raise
-            self._sock = super(ssl.SSLSocket, self._sock)  # to say why in plain text
+            # To say why in plain text.
+            self._sock = socket.socket(fileno=self._sock.detach())
             raise FrameError(f"this port speaks TLS only: {error}") from None
-        self._raw.setblocking(False)
+        self._sock.setblocking(False)
         self._flag, self._writing = 0, self._reading
+        self._would_wait = ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def send(self, frame: _Bytes, end: float | None = None) -> None:
         """Sends it all, after what another thread is sending."""
@@ -338,70 +333,59 @@ class FrameSocket:
             with self._writing:
                 sent = self._sock.send(frame, self._flag)
             return memoryview(frame)[sent:] if sent < len(frame) else b""
-        except OSError as error:
-            if _would_wait(error):
-                return frame
-            raise
+        except self._would_wait:
+            return frame
 
-    def answer(self, frame: bytes) -> None:
+    def answer(self, frame: _Bytes, wait: bool = False) -> None:
         """Sends the reply for which `sending` is held, from any thread, without waiting
         for the peer: what it does not take at once has a thread of its own."""
         try:
-            rest = frame if len(frame) > SEND_BYTES else self._push(frame)
-            if rest:
-                _thread.start_new_thread(self._finish_answer, (rest,))
+            if wait:
+                while frame := self._push(frame):
+                    self._wait(time.monotonic() + STALL_SECONDS, write=True)
+            elif len(frame) > SEND_BYTES or (frame := self._push(frame)):
+                _thread.start_new_thread(self.answer, (frame, True))
                 return
-        except (OSError, RuntimeError, MemoryError):  # the peer has gone; or no thread
-            self.shut()  # a client asks again on a new one
+        except (OSError, ValueError, RuntimeError, MemoryError):
+            # Gone, closed meanwhile, or no thread to be had: a client asks again on a
+            # new connection.
+            self.shut()
         self.sending.release()
-
-    def _finish_answer(self, rest: _Bytes) -> None:
-        try:
-            while rest := self._push(rest):
-                self._wait(time.monotonic() + STALL_SECONDS, write=True)
-        except (OSError, ValueError, MemoryError):  # to poll a closed one is the second
-            self.shut()  # its own thread closes it
-        finally:
-            self.sending.release()
 
     def receive(self, end: float | None = None) -> bytes | bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
         Raises FrameError for one longer than `max_frame_bytes`, ConnectionError if the
         peer closed in its middle."""
-        data = self.unread
-        while len(data) < _HEADER.size:
+        data: Any = self.unread
+        self.unread, self.bytes_per_second, total = b"", 0.0, 0
+        while True:
+            if not total and len(data) >= _HEADER.size:
+                length = _HEADER.unpack_from(data)[0]
+                if length > self.max_frame_bytes:
+                    text = f"{length} bytes, but the limit is {self.max_frame_bytes}"
+                    hint = _STRANGERS.get(bytes(data[:2]), "")
+                    raise FrameError(f"a frame of {text}{hint}")
+                total = _HEADER.size + length
+                if len(data) >= total:
+                    self.unread = data[total:]
+                    return data[_HEADER.size : total]
+                data, missing = bytearray(data), total - len(data)
+                begun = time.monotonic()
+            # Memory grows with what came: a length never followed by bytes costs none.
+            size = min(total - len(data), SEND_BYTES) if total else 4096
             stalled = time.monotonic() + STALL_SECONDS if data else None
-            chunk = self.some(4096, end or stalled)
+            chunk = self.some(size, end or stalled)
+            if not chunk and data:
+                raise ConnectionResetError("the peer closed inside a frame")
             if not chunk:
-                if data:
-                    raise ConnectionResetError("the peer closed inside a frame")
                 return None
             data += chunk
-        total = _HEADER.size + _HEADER.unpack_from(data)[0]
-        if total > _HEADER.size + self.max_frame_bytes:
-            hints = [h for begin, h in _STRANGERS.items() if data.startswith(begin)]
-            text = f"a frame of {total - _HEADER.size} bytes, but the limit is"
-            raise FrameError(" ".join([text, str(self.max_frame_bytes), *hints]))
-        self.bytes_per_second = 0.0
-        if len(data) < total:
-            return self._receive_rest(bytearray(data), total, end)
-        self.unread = data[total:]
-        return data[_HEADER.size : total]
-
-    def _receive_rest(
-        self, data: bytearray, total: int, end: float | None
-    ) -> bytearray:
-        # Memory grows with what came: a length announced and never sent costs nothing.
-        self.unread, missing, begun = b"", total - len(data), time.monotonic()
-        while len(data) < total:
-            limit = end or time.monotonic() + STALL_SECONDS
-            chunk = self.some(min(total - len(data), SEND_BYTES), limit)
-            if not chunk:
-                raise ConnectionResetError("the peer closed inside a frame")
-            data += chunk
-            # A slow line may take longer than `end`, as long as it moves: every 4 kB
-            # buy a second. A peer that only trickles gains next to nothing.
-            end = end and end + len(chunk) / 4000
+            if total:
+                # A slow line may take longer than `end`, as long as it moves: every 4
+                # kB buy a second. A peer that only trickles gains next to nothing.
+                end = end and end + len(chunk) / 4000
+                if len(data) == total:
+                    break
         if missing > 2000:  # less says little of the line
             self.bytes_per_second = missing / max(time.monotonic() - begun, 1e-6)
         del data[: _HEADER.size]  # a long body is not copied once more
@@ -409,41 +393,39 @@ class FrameSocket:
 
     def some(self, size: int, end: float | None) -> bytes:
         """What has come, once there is something; b"" when the peer has closed."""
-        if self._flag and end is not None:
+        if self._flag and end:
             self._wait(end)
         while True:
             try:
                 with self._reading:
                     return self._sock.recv(size)  # type: ignore[no-any-return]
-            except OSError as error:
-                if not _would_wait(error):
-                    raise
-            self._wait(end)
+            except self._would_wait:
+                self._wait(end)
 
     def _wait(self, end: float | None, write: bool = False) -> None:
         """Waits, outside of the TLS layer, until it can be read or written."""
-        seconds = LONGEST_SECONDS if end is None else end - time.monotonic()
-        if seconds > 0 and hasattr(select, "poll"):
-            poll = select.poll()
-            poll.register(self._raw, select.POLLOUT if write else select.POLLIN)
-            if poll.poll(math.ceil(1000 * min(seconds, LONGEST_SECONDS))):
+        while (left := (end or math.inf) - time.monotonic()) > 0:
+            seconds = min(left, LONGEST_SECONDS)
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                poll.register(self._sock, select.POLLOUT if write else select.POLLIN)
+                ready = bool(poll.poll(1000 * seconds))
+            else:  # on Windows
+                ways = ([], [self._sock]) if write else ([self._sock], [])
+                ready = any(select.select(*ways, [], seconds))
+            if ready:
                 return
-        elif seconds > 0:  # on Windows
-            ways = ([], [self._raw]) if write else ([self._raw], [])
-            if any(select.select(*ways, [], min(seconds, LONGEST_SECONDS))):
-                return
-        if end is not None:
-            raise TimeoutError("timed out")
+        raise TimeoutError("timed out")
 
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
         """Ends the conversation from any thread; the one using the socket finds out."""
         # Not SSLSocket's own, after which its user would go on in plain text.
         with contextlib.suppress(OSError):  # the peer may have been faster
-            socket.socket.shutdown(self._raw, how)
+            socket.socket.shutdown(self._sock, how)
 
     def close(self) -> None:
         """Frees the descriptor and no more: after a fork the other side has it too."""
-        self._raw.close()
+        self._sock.close()
 
 
 # --------------------------------------------------------------------- message store
@@ -1161,23 +1143,19 @@ class _Handler(socketserver.BaseRequestHandler):
         and need not be woken for the reply itself: with eight readers that is a third
         faster.
         """
-        frames = self.request
+        frames, store = self.request, self.server.store
         with contextlib.suppress(TimeoutError):
             frames.unread = frames.unread or frames.some(4096, waiter.end)
             if not frames.unread:
                 return False
-            # A peer that asks ahead has to be patient. Whoever answers its get releases
-            # what `_get` has acquired.
-            left = max(waiter.end - time.monotonic(), 0)
-            if frames.sending.acquire(timeout=left):
-                frames.sending.release()
-                self._waiter = None
-                return True
-        self._waiter = None
-        store = self.server.store
-        if store.end_wait(waiter):
+        # A peer that asks ahead has to be patient. Whoever answers its get releases
+        # what `_get` has acquired.
+        if frames.sending.acquire(timeout=max(waiter.end - time.monotonic(), 0)):
+            frames.sending.release()
+        elif store.end_wait(waiter):
             # There is something, if the wait ends before its topic's next round.
             frames.answer(_messages_reply(store.get(*waiter[:4])))
+        self._waiter = None
         return True
 
     def _answer(self, request: _Fields) -> bytes:
