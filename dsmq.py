@@ -67,7 +67,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import count, repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -89,7 +89,8 @@ _T = TypeVar("_T")
 _Fields = dict[str, Any]  # of a frame's object
 _Messages = tuple[list[int], list[str], float]  # ids, texts, when the first expires
 _Bytes = bytes | memoryview
-_TLS = bool | str | os.PathLike[str]
+_Path = str | os.PathLike[str]
+_TLS = bool | _Path
 
 _log = logging.getLogger("dsmq")
 _log.addHandler(logging.NullHandler())  # a library prints nothing unless asked to
@@ -267,7 +268,7 @@ class FrameSocket:
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
         self.bytes_per_second = 0.0  # at which the last frame came; 0 if it was short
-        self.unread = b""  # came already, for `receive`
+        self.unread: bytes | bytearray = b""  # came already, for `receive`
         self.sending = threading.Lock()  # a frame's bytes stay together
         # In the TLS layer there may be but one thread, so there both are the same.
         self._reading, self._writing = threading.Lock(), threading.Lock()
@@ -356,7 +357,7 @@ class FrameSocket:
         """The body of the next frame; None if the peer closed after the last one.
         Raises FrameError for one longer than `max_frame_bytes`, ConnectionError if the
         peer closed in its middle."""
-        data: Any = self.unread
+        data = self.unread
         self.unread, self.bytes_per_second, total = b"", 0.0, 0
         while True:
             if not total and len(data) >= _HEADER.size:
@@ -369,8 +370,8 @@ class FrameSocket:
                 if len(data) >= total:
                     self.unread = data[total:]
                     return data[_HEADER.size : total]
-                data, missing = bytearray(data), total - len(data)
-                begun = time.monotonic()
+                data = whole = bytearray(data)
+                missing, begun = total - len(data), time.monotonic()
             # Memory grows with what came: a length never followed by bytes costs none.
             size = min(total - len(data), SEND_BYTES) if total else 4096
             stalled = time.monotonic() + STALL_SECONDS if data else None
@@ -388,8 +389,8 @@ class FrameSocket:
                     break
         if missing > 2000:  # less says little of the line
             self.bytes_per_second = missing / max(time.monotonic() - begun, 1e-6)
-        del data[: _HEADER.size]  # a long body is not copied once more
-        return data
+        del whole[: _HEADER.size]  # a long body is not copied once more
+        return whole
 
     def some(self, size: int, end: float | None) -> bytes:
         """What has come, once there is something; b"" when the peer has closed."""
@@ -847,6 +848,9 @@ def _fitting(
 class _Server(socketserver.ThreadingTCPServer):
     """Accepts connections, a thread each, and stops when a client or Ctrl-C says so."""
 
+    request_queue_size = 1024  # clients may all come at the same moment
+    allow_reuse_address = os.name == "posix"  # Windows would share a port in use
+
     def __init__(
         self,
         host: str,
@@ -860,27 +864,27 @@ class _Server(socketserver.ThreadingTCPServer):
         self.store = store
         self.max_frame_bytes = max_frame_bytes
         self.max_clients = max_clients
+        with contextlib.suppress(ImportError):  # on Windows, where there is no limit
+            import resource
+
+            # With no descriptor left nobody could be told that it is refused.
+            descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            self.max_clients = min(max_clients, max(descriptors - 16, 1))
         self.secret = secret
         self.context = context
         self.name = os.urandom(16).hex()  # no other start has the same
         self.started = time.monotonic()
         self.stopping = threading.Event()  # set once, by whoever stops the server
-        # Guards `connections`; notified when one has gone.
-        self._gate = threading.Condition()
         self.connections: set[FrameSocket] = set()
-        self._noted = 0, 0  # a second, and what was logged of peers in it
-        super().__init__((host, port), _Handler, bind_and_activate=False)
-        self.socket.close()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._noted = 0  # what was logged of peers since the last purge
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            # Clients may all come at the same moment.
-            listener = socket.create_server((host, port), family=family, backlog=1024)
+            super().__init__((host, port), _Handler)
         except OSError as error:
             text = f"cannot listen on {host}:{port}: {error.strerror or error}"
             raise OSError(error.errno, text) from None
         # A client may be gone between select and accept, which then must not wait.
-        listener.settimeout(POLL_SECONDS)
-        self.socket, self.server_address = listener, listener.getsockname()
+        self.socket.settimeout(POLL_SECONDS)
         _serving.add(self)
 
     def run(self) -> None:
@@ -898,8 +902,6 @@ class _Server(socketserver.ThreadingTCPServer):
             for thread in threads:
                 thread.start()
             self.serve_forever(POLL_SECONDS)
-        except KeyboardInterrupt:
-            pass  # the usual way to stop a server by hand
         finally:
             self.close()
             for thread in threads:
@@ -909,12 +911,12 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def stop(self) -> None:
         """Ends `run` from another thread; returns when the port is free."""
+        self.stopping.set()
         with contextlib.suppress(OSError):
             # Wakes the thread that accepts, where the system can do that.
             self.socket.shutdown(socket.SHUT_RDWR)
         self.shutdown()
         self.server_close()
-        self.stopping.set()
 
     def close(self) -> None:
         """Frees the port and ends every conversation, after the reply under way."""
@@ -923,12 +925,12 @@ class _Server(socketserver.ThreadingTCPServer):
         self.store.rounds.put(None)
         for waiter in self.store.close():
             waiter.connection.answer(_NO_MESSAGES)
-        with self._gate:
-            for how in (socket.SHUT_RD, socket.SHUT_RDWR):
-                for connection in self.connections:
-                    connection.shut(how)
-                # Time to end by themselves.
-                self._gate.wait_for(lambda: not self.connections, 0.15)
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            for connection in list(self.connections):
+                connection.shut(how)
+            end = time.monotonic() + 0.15  # time to end by themselves
+            while self.connections and time.monotonic() < end:
+                time.sleep(0.002)
 
     def _purge(self) -> None:
         """The timer thread: frees expired messages, also in topics nobody touches, and
@@ -937,6 +939,7 @@ class _Server(socketserver.ThreadingTCPServer):
         parent = started_by and started_by.parent_process()
         number = os.getppid()  # tells more while the parent's other children live
         while not self.stopping.wait(PURGE_SECONDS):
+            self._noted = 0
             if parent and (os.getppid() != number or not parent.is_alive()):
                 _log.warning("stopping: the process that started this one has ended")
                 self.stop()
@@ -983,19 +986,17 @@ class _Server(socketserver.ThreadingTCPServer):
         except (OSError, MemoryError) as error:
             # The client is gone again; or descriptors or memory ran out, and to accept
             # again at once would fail again, without end.
-            soon = errno.EAGAIN, errno.ENOTCONN, errno.EINVAL  # the last: it stops
-            if getattr(error, "errno", 0) not in soon:
+            if getattr(error, "errno", 0) not in (errno.ENOTCONN, errno.EINVAL):
                 self.stopping.wait(POLL_SECONDS)
             raise OSError(str(error)) from None  # socketserver goes on with the next
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._gate:
-            self.connections.add(request)
+        self.connections.add(request)
+        job, arguments = self.process_request_thread, (request, client_address)
         try:
             # Thread.start would wait until the thread has begun: for ever, if memory
             # runs out just then.
-            job = self.process_request_thread
-            _thread.start_new_thread(job, (request, client_address))
+            _thread.start_new_thread(job, arguments)
         except (RuntimeError, MemoryError) as error:  # no thread to be had
             self.note(logging.WARNING, "closing %s: %s", request.peer, error)
             self.shutdown_request(request)
@@ -1004,16 +1005,13 @@ class _Server(socketserver.ThreadingTCPServer):
         request.shut()  # a forked child may have it too, and then closing ends nothing
         request.sending.acquire(timeout=1.0)  # or who sends might meet another's socket
         request.close()
-        with self._gate:
-            self.connections.discard(request)
-            self._gate.notify_all()
+        self.connections.discard(request)
 
     def note(self, level: int, text: str, *values: object) -> None:
-        """Logs what a peer did, ten times a second at most: a hostile one must not fill
-        the disk."""
-        second = int(time.monotonic())
-        self._noted = second, self._noted[1] + 1 if second == self._noted[0] else 1
-        if self._noted[1] <= 10:
+        """Logs what a peer did, twenty times a second at most: a hostile one must not
+        fill the disk."""
+        self._noted += 1
+        if self._noted <= 10:
             _log.log(level, text, *values, exc_info=level == logging.ERROR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1065,9 +1063,7 @@ def _same(proof: object, expected: str) -> bool:
     """Compares proofs, in constant time."""
     import hmac
 
-    return isinstance(proof, str) and hmac.compare_digest(
-        proof.encode(errors="replace"), expected.encode()
-    )
+    return isinstance(proof, str) and hmac.compare_digest(ascii(proof), ascii(expected))
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -1198,13 +1194,13 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _authenticate(self, request: _Fields) -> bytes:
         expected, self._expected_proof = self._expected_proof, ""  # good for one try
-        if not self._trusted:
-            if not expected or not _same(request.get("proof"), expected):
-                text = "%s does not know the secret"
-                self.server.note(logging.WARNING, text, self.request.peer)
-                raise _refusal("authentication", "that proof is wrong")
-            self._trusted, self._end = True, None
-            self.request.max_frame_bytes = self.server.max_frame_bytes
+        proven = expected and _same(request.get("proof"), expected)
+        if not self._trusted and not proven:
+            text, peer = "%s does not know the secret", self.request.peer
+            self.server.note(logging.WARNING, text, peer)
+            raise _refusal("authentication", "that proof is wrong")
+        self._trusted, self._end = True, None
+        self.request.max_frame_bytes = self.server.max_frame_bytes
         return encode_object({"head": self.server.store.head_before(self._since)})
 
     def _put(self, request: _Fields) -> bytes:
@@ -1306,10 +1302,8 @@ def _refusal(code: str, text: str) -> DSMQError:
 def _text(request: _Fields, field: str, most: int) -> str:
     value = request.get(field)
     if isinstance(value, str) and 1 <= len(value) <= most:
-        if value.isascii():
-            return value
-        with contextlib.suppress(UnicodeEncodeError):  # of a lone surrogate
-            value.encode()
+        carried = value if value.isascii() else value.encode(errors="replace").decode()
+        if carried == value:  # without a lone surrogate
             return value
     text = f"{field} must be a text of 1 to {most} characters that UTF-8 can carry"
     raise _refusal("bad_request", f"{text}, not {_shown(value)}")
@@ -1365,8 +1359,10 @@ def serve(
     _check_secret(secret)
     if verbose:
         _show_log()
-    limits = max_frame_bytes, min(max_clients, _descriptors())
-    context = _server_context(certfile, keyfile)
+    if keyfile is not None and certfile is None:
+        raise ValueError("a keyfile needs a certfile")
+    limits = max_frame_bytes, max_clients
+    context = None if certfile is None else _tls_context(None, certfile, keyfile)
     with (
         contextlib.suppress(KeyboardInterrupt),
         _ended_by_sigterm(),
@@ -1374,16 +1370,6 @@ def serve(
         _Server(host, port, store, *limits, secret, context) as server,
     ):
         server.run()
-
-
-def _descriptors() -> int:
-    """How many connections can be had; beyond them nobody could be told so."""
-    try:
-        import resource
-    except ImportError:  # on Windows, where nothing bounds them
-        return MAX_INTEGER
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MAX_INTEGER if limit == resource.RLIM_INFINITY else max(limit - 16, 1)
 
 
 @contextlib.contextmanager
@@ -1403,29 +1389,31 @@ def _ended_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _server_context(certfile: str | None, keyfile: str | None) -> ssl.SSLContext | None:
-    if certfile is None:
-        if keyfile is not None:
-            raise ValueError("a keyfile needs a certfile")
-        return None
+def _tls_context(
+    trusted: _Path | None, certfile: str | None = None, keyfile: str | None = None
+) -> ssl.SSLContext:
+    """A server's if it has a certificate, else a client's."""
     import ssl
 
-    for path in (certfile, keyfile or certfile):
-        open(path, "rb").close()  # its error names the path; that of ssl does not
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for path in (trusted, certfile, keyfile):
+        if path is not None:
+            open(path, "rb").close()  # its error names the path; that of ssl does not
+    side = ssl.Purpose.SERVER_AUTH if certfile is None else ssl.Purpose.CLIENT_AUTH
+    context = ssl.create_default_context(side, cafile=trusted)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certfile, keyfile)
+    if certfile is not None:
+        context.load_cert_chain(certfile, keyfile)
     return context
 
 
+@cache  # each line is shown once, however often it is asked for
 def _show_log() -> None:
-    """Shows the log on stderr, once however often it is asked for."""
-    if not any(type(h) is logging.StreamHandler for h in _log.handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        # A program with a log of its own shows these lines there.
-        handler.addFilter(lambda record: not logging.getLogger().handlers)
-        _log.addHandler(handler)
+    """Shows the log on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # A program with a log of its own shows these lines there.
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    _log.addHandler(handler)
     _log.setLevel(logging.INFO)
 
 
@@ -1684,7 +1672,7 @@ class DSMQClientSideConnection:
         link.connection = _connected(self._host, self._port, link.end)
         self._check_usable()  # another thread may have closed it before it was there
         if self._tls is not False:
-            context = _client_context(self._tls)
+            context = _tls_context(None if self._tls is True else self._tls)
             link.connection.start_tls(context, link.end, self._host)
         link.fresh, nonce = True, os.urandom(32).hex()
         since = 0.0 if known else self._since
@@ -2064,16 +2052,6 @@ def _connected(host: str, port: int, end: float) -> FrameSocket:
         raise failure or TimeoutError("timed out")
     finally:
         failure = None  # whose traceback leads back here
-
-
-def _client_context(tls: _TLS) -> ssl.SSLContext:
-    import ssl
-
-    if not isinstance(tls, bool):
-        open(tls, "rb").close()  # its error names the path; that of ssl does not
-    context = ssl.create_default_context(cafile=None if isinstance(tls, bool) else tls)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 def _is_final(error: OSError) -> bool:
