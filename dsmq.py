@@ -70,7 +70,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import count, repeat
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import ssl
@@ -153,6 +153,8 @@ class AuthenticationError(DSMQError):
 
 class FrameError(DSMQError, ConnectionError):
     """The peer's bytes are no frame of this protocol; the connection is given up."""
+
+    code = "bad_frame"
 
 
 def _shown(value: object) -> str:
@@ -870,7 +872,7 @@ class _Server(socketserver.ThreadingTCPServer):
             # With no descriptor left nobody could be told that it is refused.
             descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             self.max_clients = min(max_clients, max(descriptors - 16, 1))
-        self.secret = secret
+        self.secret = secret or ""
         self.context = context
         self.name = os.urandom(16).hex()  # no other start has the same
         self.started = time.monotonic()
@@ -893,20 +895,15 @@ class _Server(socketserver.ThreadingTCPServer):
         _log.info("dsmq %s%s", __version__, ", with TLS" if self.context else "")
         _log.info("listening on %s", place)
         _log.info("stop it with Ctrl-C, or shutdown_server() from a client")
-        if self.secret is None and not place.startswith(("127.", "::1")):
+        if not self.secret and not place.startswith(("127.", "::1")):
             can = "read and put messages, and stop this server"
             _log.warning("no secret: anyone on the network can %s", can)
-        jobs = self._purge, self._hold_rounds
-        threads = [threading.Thread(target=job, daemon=True) for job in jobs]
         try:
-            for thread in threads:
-                thread.start()
+            for job in (self._purge, self._hold_rounds):
+                threading.Thread(target=job, daemon=True).start()
             self.serve_forever(POLL_SECONDS)
         finally:
             self.close()
-            for thread in threads:
-                if thread.ident:  # it was started
-                    thread.join()  # a step of its work at most
             _log.info("stopped; goodbye")
 
     def stop(self) -> None:
@@ -1067,7 +1064,8 @@ def _same(proof: object, expected: str) -> bool:
 
 
 class _Handler(socketserver.BaseRequestHandler):
-    """Serves one connection: a request, its reply, the next request."""
+    """Serves one connection: a request, its reply, the next request. Each action has
+    a method, do_...; README's table tells its fields and reply."""
 
     server: _Server
     request: FrameSocket
@@ -1079,42 +1077,41 @@ class _Handler(socketserver.BaseRequestHandler):
     _readers: _Topic | None = None  # whose readers a put has to answer
 
     def handle(self) -> None:
-        self._trusted, limit = self.server.secret is None, self.server.max_clients
+        self._trusted, limit = not self.server.secret, self.server.max_clients
         soon = time.monotonic() + STALL_SECONDS
         try:
             if self.server.context:  # not before, as the peer may stall in it
                 self.request.start_tls(self.server.context, soon)
             if len(self.server.connections) > limit:
-                self._say_goodbye("busy", f"max_clients {limit} is reached")
-                return
+                raise _refusal(f"max_clients {limit} is reached", "busy")
             if not self._trusted:
                 # Who knows no secret must not keep a thread, or much memory.
                 self._end, self.request.max_frame_bytes = soon, 4096
             self._converse()
-        except FrameError as error:
-            self._say_goodbye("bad_frame", str(error))
+        except DSMQError as error:
+            self._say_goodbye(error)
         except OSError as error:  # vanished, stalled, or does not read
             self.server.note(logging.INFO, "closing %s: %s", self.request.peer, error)
         finally:
             if self._waiter and self.server.store.end_wait(self._waiter):
                 self.request.sending.release()
 
-    def _say_goodbye(self, code: str, text: str) -> None:
+    def _say_goodbye(self, error: DSMQError) -> None:
         """Then reads until the peer closes: bytes left unread would reset the
         connection, and the peer might lose the reply that says why it is closed."""
-        level = logging.WARNING if code == "busy" else logging.INFO
-        self.server.note(level, "closing %s: %s", self.request.peer, text)
+        level = logging.WARNING if error.code == "busy" else logging.INFO
+        self.server.note(level, "closing %s: %s", self.request.peer, error)
         with contextlib.suppress(OSError):  # where possible: the peer may have gone
             end = time.monotonic() + LINGER_SECONDS
-            self.request.send(encode_object({"error": text, "code": code}), end)
+            self.request.send(_error_reply(error), end)
             self.request.shut(socket.SHUT_WR)
             while self.request.some(SEND_BYTES, end):
                 pass
 
     def _converse(self) -> None:
         while True:
-            if self._waiter and not self._heard(self._waiter):
-                return
+            if self._waiter:
+                self._hear(self._waiter)
             body = self.request.receive(self._end)
             if body is None:
                 return
@@ -1132,8 +1129,8 @@ class _Handler(socketserver.BaseRequestHandler):
                 self.request.send(reply)
             del reply  # nor must this
 
-    def _heard(self, waiter: Waiter) -> bool:
-        """Waits until the get that waits is answered; False if the peer has gone.
+    def _hear(self, waiter: Waiter) -> None:
+        """Waits until the get that waits is answered, or the peer has gone.
 
         The thread waits for the peer's next request, which tells that it has its reply,
         and need not be woken for the reply itself: with eight readers that is a third
@@ -1143,7 +1140,7 @@ class _Handler(socketserver.BaseRequestHandler):
         with contextlib.suppress(TimeoutError):
             frames.unread = frames.unread or frames.some(4096, waiter.end)
             if not frames.unread:
-                return False
+                return
         # A peer that asks ahead has to be patient. Whoever answers its get releases
         # what `_get` has acquired.
         if frames.sending.acquire(timeout=max(waiter.end - time.monotonic(), 0)):
@@ -1152,28 +1149,29 @@ class _Handler(socketserver.BaseRequestHandler):
             # There is something, if the wait ends before its topic's next round.
             frames.answer(_messages_reply(store.get(*waiter[:4])))
         self._waiter = None
-        return True
 
     def _answer(self, request: _Fields) -> bytes:
         """The reply's frame, or nothing if it was sent or is to come."""
         try:
             action = request.get("action")
-            if not isinstance(action, str) or action not in self.ACTIONS:
-                raise _refusal("unknown_action", f"no action {_shown(action)}")
+            name = f"do_{action}" if isinstance(action, str) else ""
+            method: Callable[[_Fields], bytes] | None = getattr(self, name, None)
+            if method is None:
+                raise _refusal(f"no action {_shown(action)}", "unknown_action")
             if not self._trusted and action not in ("hello", "authenticate"):
-                raise _refusal("authentication", "this server requires its secret")
-            return self.ACTIONS[action](self, request)
+                raise _refusal("this server requires its secret", "authentication")
+            return method(request)
         except DSMQError as error:
-            return encode_object({"error": str(error), "code": error.code})
+            return _error_reply(error)
         except MemoryError as error:
             if self._waiter:  # somebody may be sending its reply
                 raise ConnectionAbortedError("out of memory") from error
-            return encode_object({"error": "out of memory", "code": "full"})
+            return _error_reply(QueueFull("out of memory"))
 
-    def _hello(self, request: _Fields) -> bytes:
+    def do_hello(self, request: _Fields) -> bytes:
         protocol = _integer(request, "protocol", PROTOCOL)
         if protocol != PROTOCOL:
-            raise _refusal("bad_request", f"protocol is {PROTOCOL}, not {protocol}")
+            raise _refusal(f"protocol is {PROTOCOL}, not {protocol}")
         self._since = _seconds(request, "since")
         reply = {
             "protocol": PROTOCOL,
@@ -1185,25 +1183,25 @@ class _Handler(socketserver.BaseRequestHandler):
             head = self.server.store.head_before(self._since)
             return encode_object({**reply, "head": head})
         if request.get("nonce") is None:
-            raise _refusal("authentication", "this server requires its secret")
+            raise _refusal("this server requires its secret", "authentication")
         nonce, challenge = _text(request, "nonce", 256), os.urandom(32).hex()
-        secret = self.server.secret or ""
+        secret = self.server.secret
         self._expected_proof = _proof(secret, "client", nonce, challenge)
         proof = _proof(secret, "server", nonce, challenge)
         return encode_object({**reply, "challenge": challenge, "proof": proof})
 
-    def _authenticate(self, request: _Fields) -> bytes:
+    def do_authenticate(self, request: _Fields) -> bytes:
         expected, self._expected_proof = self._expected_proof, ""  # good for one try
         proven = expected and _same(request.get("proof"), expected)
         if not self._trusted and not proven:
             text, peer = "%s does not know the secret", self.request.peer
             self.server.note(logging.WARNING, text, peer)
-            raise _refusal("authentication", "that proof is wrong")
+            raise _refusal("that proof is wrong", "authentication")
         self._trusted, self._end = True, None
         self.request.max_frame_bytes = self.server.max_frame_bytes
         return encode_object({"head": self.server.store.head_before(self._since)})
 
-    def _put(self, request: _Fields) -> bytes:
+    def do_put(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
         bodies = self._bodies(request.get("messages"))
         origin = None
@@ -1216,35 +1214,34 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _bodies(self, messages: object) -> list[bytes]:
         if not isinstance(messages, list) or not messages:
-            raise _refusal("bad_request", "messages must be a list of texts, 1 or more")
+            raise _refusal("messages must be a list of texts, 1 or more")
         if len(messages) > MAX_PUT_MESSAGES:
             text = f"{len(messages)} messages; the limit is {MAX_PUT_MESSAGES}"
-            raise _refusal("too_large", text)
+            raise _refusal(text, "too_large")
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         bodies, plain = [], self._plain
         for message in messages:
             if not isinstance(message, str):
-                text = f"a message must be text, not {_shown(message)}"
-                raise _refusal("bad_request", text)
+                raise _refusal(f"a message must be text, not {_shown(message)}")
             try:
                 # A frame without escapes carries texts as they are stored.
                 body = b'"%b"' % message.encode() if plain else encode_text(message)
             except ValueError as error:
-                raise _refusal("bad_request", str(error)) from None
+                raise _refusal(str(error)) from None
             if len(body) > limit:
                 text = f"a message of {len(body)} bytes; the limit is {limit}"
-                raise _refusal("too_large", text)
+                raise _refusal(text, "too_large")
             bodies.append(body)
         return bodies
 
-    def _get(self, request: _Fields) -> bytes:
+    def do_get(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
         after, limit = _integer(request, "after"), _integer(request, "limit", 1)
         store = self.server.store
         if request["action"] == "get_latest":
             return _messages_reply(store.get_latest(topic, after))
         if limit < 1:
-            raise _refusal("bad_request", f"limit must be at least 1, not {limit}")
+            raise _refusal(f"limit must be at least 1, not {limit}")
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
         room = min(_integer(request, "limit_bytes", room), room)
         seconds = _seconds(request, "wait")
@@ -1260,7 +1257,9 @@ class _Handler(socketserver.BaseRequestHandler):
         self.request.sending.release()
         return _messages_reply(batch)
 
-    def _stats(self, request: _Fields) -> bytes:
+    do_get_latest = do_get
+
+    def do_stats(self, request: _Fields) -> bytes:
         stats = {
             "version": __version__,
             "uptime": time.monotonic() - self.server.started,
@@ -1273,27 +1272,20 @@ class _Handler(socketserver.BaseRequestHandler):
             reply = encode_object({**stats, "topics": {}, "topics_left_out": left_out})
         return reply
 
-    def _shutdown(self, request: _Fields) -> bytes:
+    def do_shutdown(self, request: _Fields) -> bytes:
         _log.info("%s asked the server to stop", self.request.peer)
         self.server.stop()
         return encode_object({})
-
-    # README's table tells the fields and replies.
-    ACTIONS: ClassVar[dict[str, Callable[[_Handler, _Fields], bytes]]] = {
-        "hello": _hello,
-        "authenticate": _authenticate,
-        "put": _put,
-        "get": _get,
-        "get_latest": _get,
-        "stats": _stats,
-        "shutdown": _shutdown,
-    }
 
 
 # What a field of a request must be. Each refuses what is not, naming field and value.
 
 
-def _refusal(code: str, text: str) -> DSMQError:
+def _error_reply(error: DSMQError) -> bytes:
+    return encode_object({"error": str(error), "code": error.code})
+
+
+def _refusal(text: str, code: str = "bad_request") -> DSMQError:
     error = DSMQError(text)
     error.code = code
     return error
@@ -1306,22 +1298,20 @@ def _text(request: _Fields, field: str, most: int) -> str:
         if carried == value:  # without a lone surrogate
             return value
     text = f"{field} must be a text of 1 to {most} characters that UTF-8 can carry"
-    raise _refusal("bad_request", f"{text}, not {_shown(value)}")
+    raise _refusal(f"{text}, not {_shown(value)}")
 
 
 def _integer(request: _Fields, field: str, absent: int | None = None) -> int:
     value = request.get(field, absent)
     if type(value) is not int or not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
-        text = f"{field} must be a 64-bit integer, not {_shown(value)}"
-        raise _refusal("bad_request", text)
+        raise _refusal(f"{field} must be a 64-bit integer, not {_shown(value)}")
     return value
 
 
 def _seconds(request: _Fields, field: str) -> float:
     value = request.get(field, 0)
     if type(value) not in (int, float) or not 0 <= value < math.inf:
-        text = f"{field} must be seconds, 0 or more, not {_shown(value)}"
-        raise _refusal("bad_request", text)
+        raise _refusal(f"{field} must be seconds, 0 or more, not {_shown(value)}")
     return float(min(value, 1e9))
 
 

@@ -985,6 +985,9 @@ def test_who_stalls_or_goes_is_cut(
     assert idle.ask(**HELLO)["protocol"] == 1  # idle is fine for ever
 
 
+ACTIONS = [name[3:] for name in vars(dsmq._Handler) if name.startswith("do_")]
+
+
 def fuzzed_request(rng: random.Random) -> bytes:
     """A frame that is right, or wrong in some way."""
     values: list[Any] = [
@@ -997,7 +1000,7 @@ def fuzzed_request(rng: random.Random) -> bytes:
     for name in rng.sample(fields, rng.randrange(5)):
         request[name] = rng.choice(values)
     request["wait"] = rng.choice([0, 0.001, "x"])
-    actions = [a for a in dsmq._Handler.ACTIONS if a != "shutdown"]
+    actions = [a for a in ACTIONS if a != "shutdown"]
     request["action"] = rng.choice([*actions, *actions, "nonsense", None, 3])
     frame = bytearray(dsmq.encode_frame(json.dumps(request).encode()))
     for _ in range(rng.choice([0, 0, 1, 3])):
@@ -2925,7 +2928,7 @@ def test_readme_names_all_actions_methods_and_options() -> None:
     )
     assert protocol and client
     actions = re.findall(r"^\| `(\w+)` \|", protocol[0], re.M)
-    assert actions == list(dsmq._Handler.ACTIONS)
+    assert sorted(actions) == sorted(ACTIONS)
     methods = re.findall(r"^\| `(\w+)\(", client[0], re.M)
     public = {name for name in vars(Client) if not name.startswith("_")}
     assert sorted(methods) == sorted(public - {"closed"})
