@@ -208,10 +208,6 @@ _STRANGERS = {b"\x15\x03": " (it wants TLS)", b"HT": " (it speaks HTTP)"}
 _STRANGERS |= dict.fromkeys((b"-E", b"-N"), " (it may be a Redis)")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=int).raw_decode  # int refuses NaN and such
-# glibc's malloc gives blocks as long as this one back to the system at once, and to get
-# them again costs a page fault for each 4 kB, until it has seen a longer one come and
-# go: that halves the time of long messages. No page of it is ever touched.
-bytearray(2 << 20)
 
 
 def encode_text(text: str) -> bytes:
@@ -236,7 +232,7 @@ def encode_frame(*body: bytes) -> bytes:
 
 
 def encode_object(fields: dict[str, Any]) -> bytes:
-    """The frame of a JSON object, in ASCII so that any text survives in an error."""
+    """The frame of a JSON object, in ASCII, which carries any text."""
     return encode_frame(_encode(fields).encode())
 
 
@@ -274,8 +270,8 @@ class FrameSocket:
         self.sending = threading.Lock()  # a frame's bytes stay together
         # In the TLS layer there may be but one thread, so there both are the same.
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        # Where single calls can be told not to wait (not on Windows), the others may: a
-        # server's thread needs no second system call to wait for the next request.
+        # Where a send can be told not to wait (not on Windows), a receive may: a server
+        # needs no second system call to wait for the next request.
         self._flag = getattr(socket, "MSG_DONTWAIT", 0)
         self._would_wait: Any = BlockingIOError  # as a call says that does not wait
         self._sock: Any = sock  # or the TLS around it
@@ -288,12 +284,11 @@ class FrameSocket:
             # A small frame must not wait for the acknowledgement of the one before it.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A peer whose machine vanished never says so. Keepalive asks after 60 s of
-            # silence, where that can be set (on macOS by another name), else after two
-            # hours.
+            # silence, where that can be set, else after two hours.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            macos = getattr(socket, "TCP_KEEPALIVE", None)
-            if option := getattr(socket, "TCP_KEEPIDLE", macos):
-                sock.setsockopt(socket.IPPROTO_TCP, option, 60)
+            for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # the second on macOS
+                if option := getattr(socket, name, None):
+                    sock.setsockopt(socket.IPPROTO_TCP, option, 60)
             sock.setblocking(bool(self._flag))
         except BaseException:
             sock.close()  # the peer has gone again
@@ -317,8 +312,7 @@ class FrameSocket:
         except ssl.SSLError as error:
             if host is not None:
                 raise
-            # To say why in plain text.
-            self._sock = socket.socket(fileno=self._sock.detach())
+            self._sock = socket.socket(fileno=self._sock.detach())  # plain, to say so
             raise FrameError(f"this port speaks TLS only: {error}") from None
         self._sock.setblocking(False)
         self._flag, self._writing = 0, self._reading
@@ -954,11 +948,8 @@ class _Server(socketserver.ThreadingTCPServer):
         """The thread that answers the readers who wait for their topic's round."""
         while entry := self.store.rounds.get():
             time.sleep(max(entry.next_round - time.monotonic(), 0))
-            try:
+            with contextlib.suppress(MemoryError):  # others wait for their rounds
                 self.answer_readers(entry)
-            except Exception:  # out of memory; but others wait for their rounds
-                with contextlib.suppress(MemoryError):
-                    _log.exception("a round failed")
 
     def answer_readers(self, entry: _Topic) -> None:
         """Those at the same place get the same reply, made once."""
@@ -985,7 +976,7 @@ class _Server(socketserver.ThreadingTCPServer):
             # again at once would fail again, without end.
             if getattr(error, "errno", 0) not in (errno.ENOTCONN, errno.EINVAL):
                 self.stopping.wait(POLL_SECONDS)
-            raise OSError(str(error)) from None  # socketserver goes on with the next
+            raise OSError from None  # socketserver goes on with the next
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
@@ -1047,6 +1038,10 @@ def _messages_reply(batch: Batch) -> bytes:
 _NO_MESSAGES = encode_object({"messages": [], "ids": []})
 
 
+def _error_reply(error: DSMQError) -> bytes:
+    return encode_object({"error": str(error), "code": error.code})
+
+
 def _proof(secret: str, role: str, nonce: str, challenge: str) -> str:
     """What only someone who knows the secret can say to this nonce and challenge; the
     role keeps one side's proof from being sent back as the other's."""
@@ -1069,22 +1064,20 @@ class _Handler(socketserver.BaseRequestHandler):
 
     server: _Server
     request: FrameSocket
-    _trusted = False
-    _end: float | None = None  # of the time to become so
+    _end: float | None = None  # of the time to prove that it knows the secret
     _expected_proof = ""  # the client's, once it said hello
     _since = 0.0  # as it said there
     _waiter: Waiter | None = None  # of the get that waits, if one does
     _readers: _Topic | None = None  # whose readers a put has to answer
 
     def handle(self) -> None:
-        self._trusted, limit = not self.server.secret, self.server.max_clients
-        soon = time.monotonic() + STALL_SECONDS
+        limit, soon = self.server.max_clients, time.monotonic() + STALL_SECONDS
         try:
             if self.server.context:  # not before, as the peer may stall in it
                 self.request.start_tls(self.server.context, soon)
             if len(self.server.connections) > limit:
                 raise _refusal(f"max_clients {limit} is reached", "busy")
-            if not self._trusted:
+            if self.server.secret:
                 # Who knows no secret must not keep a thread, or much memory.
                 self._end, self.request.max_frame_bytes = soon, 4096
             self._converse()
@@ -1099,8 +1092,7 @@ class _Handler(socketserver.BaseRequestHandler):
     def _say_goodbye(self, error: DSMQError) -> None:
         """Then reads until the peer closes: bytes left unread would reset the
         connection, and the peer might lose the reply that says why it is closed."""
-        level = logging.WARNING if error.code == "busy" else logging.INFO
-        self.server.note(level, "closing %s: %s", self.request.peer, error)
+        self.server.note(logging.WARNING, "closing %s: %s", self.request.peer, error)
         with contextlib.suppress(OSError):  # where possible: the peer may have gone
             end = time.monotonic() + LINGER_SECONDS
             self.request.send(_error_reply(error), end)
@@ -1158,7 +1150,7 @@ class _Handler(socketserver.BaseRequestHandler):
             method: Callable[[_Fields], bytes] | None = getattr(self, name, None)
             if method is None:
                 raise _refusal(f"no action {_shown(action)}", "unknown_action")
-            if not self._trusted and action not in ("hello", "authenticate"):
+            if self._end and action not in ("hello", "authenticate"):
                 raise _refusal("this server requires its secret", "authentication")
             return method(request)
         except DSMQError as error:
@@ -1179,7 +1171,7 @@ class _Handler(socketserver.BaseRequestHandler):
             "max_frame_bytes": self.server.max_frame_bytes,
             "time_to_live": self.server.store.time_to_live,
         }
-        if self._trusted:
+        if not self._end:
             head = self.server.store.head_before(self._since)
             return encode_object({**reply, "head": head})
         if request.get("nonce") is None:
@@ -1193,11 +1185,11 @@ class _Handler(socketserver.BaseRequestHandler):
     def do_authenticate(self, request: _Fields) -> bytes:
         expected, self._expected_proof = self._expected_proof, ""  # good for one try
         proven = expected and _same(request.get("proof"), expected)
-        if not self._trusted and not proven:
+        if self._end and not proven:
             text, peer = "%s does not know the secret", self.request.peer
             self.server.note(logging.WARNING, text, peer)
             raise _refusal("that proof is wrong", "authentication")
-        self._trusted, self._end = True, None
+        self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
         return encode_object({"head": self.server.store.head_before(self._since)})
 
@@ -1244,17 +1236,17 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _refusal(f"limit must be at least 1, not {limit}")
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
         room = min(_integer(request, "limit_bytes", room), room)
-        seconds = _seconds(request, "wait")
-        if not seconds:
-            return _messages_reply(store.get(topic, after, limit, room))
-        end = time.monotonic() + min(seconds, MAX_WAIT_SECONDS)
-        self._waiter = Waiter(topic, after, limit, room, end, self.request)
-        self.request.sending.acquire()  # until whoever takes it from the store answers
+        if seconds := min(_seconds(request, "wait"), MAX_WAIT_SECONDS):
+            end = time.monotonic() + seconds
+            self._waiter = Waiter(topic, after, limit, room, end, self.request)
+            # Until whoever takes it from the store has answered.
+            self.request.sending.acquire()
         batch = store.get(topic, after, limit, room, self._waiter)
-        if not batch.ids:
-            return b""
-        self._waiter = None
-        self.request.sending.release()
+        if self._waiter:
+            if not batch.ids:
+                return b""
+            self._waiter = None
+            self.request.sending.release()
         return _messages_reply(batch)
 
     do_get_latest = do_get
@@ -1279,10 +1271,6 @@ class _Handler(socketserver.BaseRequestHandler):
 
 
 # What a field of a request must be. Each refuses what is not, naming field and value.
-
-
-def _error_reply(error: DSMQError) -> bytes:
-    return encode_object({"error": str(error), "code": error.code})
 
 
 def _refusal(text: str, code: str = "bad_request") -> DSMQError:
@@ -1331,14 +1319,13 @@ def serve(
     """Runs a server; blocks until a client, Ctrl-C or (in a main thread) SIGTERM stops
     it, or the parent of its multiprocessing.Process has ended; then returns.
 
-    It listens at `host`, which is this machine only unless said otherwise ("0.0.0.0":
-    the network), and `port` (0: any free one, which the log tells); `verbose` shows the
-    log, of the logger "dsmq", on stderr. Messages live `time_to_live` seconds and take
-    `max_bytes` of memory in all; a request or reply takes `max_frame_bytes`, so about
-    the longest message; one connection more than `max_clients` is refused. With a
-    `secret` only clients that know it get in; `certfile` and `keyfile`, PEM files, turn
-    on TLS. Raises OSError if it cannot listen there, TypeError or ValueError for an
-    argument that is wrong.
+    It listens at `host` (127.0.0.1: this machine only; "0.0.0.0": the network) and
+    `port` (0: any free one, which the log tells); `verbose` shows the log, of the
+    logger "dsmq", on stderr. Messages live `time_to_live` seconds and take `max_bytes`
+    of memory; a request or reply takes `max_frame_bytes`, so about the longest message;
+    a connection beyond `max_clients` is refused. With a `secret` only clients that know
+    it get in; `certfile` and `keyfile`, PEM files, turn on TLS. Raises OSError if it
+    cannot listen there, TypeError or ValueError for an argument that is wrong.
     """
     _check_address(host, port)
     # Longer is as good as for ever, and JSON can say it; SQLite takes no longer value.
@@ -1367,16 +1354,16 @@ def _ended_by_sigterm() -> Iterator[None]:
     """In a main thread SIGTERM is as Ctrl-C, unless the program has its own handler."""
     import signal
 
-    ours = threading.current_thread() is threading.main_thread() and (
-        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
+    term, default = signal.SIGTERM, signal.SIG_DFL
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(term) is default
     if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(term, signal.default_int_handler)
     try:
         yield
     finally:
         if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(term, default)
 
 
 def _tls_context(
