@@ -344,9 +344,7 @@ class FrameSocket:
                 _thread.start_new_thread(self.answer, (frame, True))
                 return
         except (OSError, ValueError, RuntimeError, MemoryError):
-            # Gone, closed meanwhile, or no thread to be had: a client asks again on a
-            # new connection.
-            self.shut()
+            self.shut()  # gone, closed, or no thread: a client asks again on a new one
         self.sending.release()
 
     def receive(self, end: float | None = None) -> bytes | bytearray | None:
@@ -980,11 +978,11 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
-        job, arguments = self.process_request_thread, (request, client_address)
+        job = self.process_request_thread
         try:
             # Thread.start would wait until the thread has begun: for ever, if memory
             # runs out just then.
-            _thread.start_new_thread(job, arguments)
+            _thread.start_new_thread(job, (request, client_address))
         except (RuntimeError, MemoryError) as error:  # no thread to be had
             self.note(logging.WARNING, "closing %s: %s", request.peer, error)
             self.shutdown_request(request)
@@ -996,8 +994,8 @@ class _Server(socketserver.ThreadingTCPServer):
         self.connections.discard(request)
 
     def note(self, level: int, text: str, *values: object) -> None:
-        """Logs what a peer did, twenty times a second at most: a hostile one must not
-        fill the disk."""
+        """Logs what a peer did, but twenty times a second at most: none may fill the
+        disk."""
         self._noted += 1
         if self._noted <= 10:
             _log.log(level, text, *values, exc_info=level == logging.ERROR)
@@ -1028,11 +1026,8 @@ def _messages_reply(batch: Batch) -> bytes:
     if not batch.ids:
         return _NO_MESSAGES
     ids = ",".join(map(str, batch.ids)).encode()
-    return encode_frame(
-        b'{"messages":[',
-        b",".join(batch.bodies),
-        b'],"ids":[%b],"expires":%.6f}' % (ids, batch.expires_seconds),
-    )
+    rest = b'],"ids":[%b],"expires":%.6f}' % (ids, batch.expires_seconds)
+    return encode_frame(b'{"messages":[', b",".join(batch.bodies), rest)
 
 
 _NO_MESSAGES = encode_object({"messages": [], "ids": []})
@@ -1122,19 +1117,16 @@ class _Handler(socketserver.BaseRequestHandler):
             del reply  # nor must this
 
     def _hear(self, waiter: Waiter) -> None:
-        """Waits until the get that waits is answered, or the peer has gone.
-
-        The thread waits for the peer's next request, which tells that it has its reply,
-        and need not be woken for the reply itself: with eight readers that is a third
-        faster.
-        """
+        """Waits until the get that waits is answered, or the peer has gone: for the
+        peer's next request, which tells that it has its reply. So this thread need not
+        be woken for the reply itself: with eight readers that is a third faster."""
         frames, store = self.request, self.server.store
         with contextlib.suppress(TimeoutError):
             frames.unread = frames.unread or frames.some(4096, waiter.end)
             if not frames.unread:
                 return
         # A peer that asks ahead has to be patient. Whoever answers its get releases
-        # what `_get` has acquired.
+        # what `do_get` has acquired.
         if frames.sending.acquire(timeout=max(waiter.end - time.monotonic(), 0)):
             frames.sending.release()
         elif store.end_wait(waiter):
@@ -1186,8 +1178,8 @@ class _Handler(socketserver.BaseRequestHandler):
         expected, self._expected_proof = self._expected_proof, ""  # good for one try
         proven = expected and _same(request.get("proof"), expected)
         if self._end and not proven:
-            text, peer = "%s does not know the secret", self.request.peer
-            self.server.note(logging.WARNING, text, peer)
+            text = "%s does not know the secret"
+            self.server.note(logging.WARNING, text, self.request.peer)
             raise _refusal("that proof is wrong", "authentication")
         self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
