@@ -1147,9 +1147,7 @@ class _Handler(socketserver.BaseRequestHandler):
             return method(request)
         except DSMQError as error:
             return _error_reply(error)
-        except MemoryError as error:
-            if self._waiter:  # somebody may be sending its reply
-                raise ConnectionAbortedError("out of memory") from error
+        except MemoryError:
             return _error_reply(QueueFull("out of memory"))
 
     def do_hello(self, request: _Fields) -> bytes:
@@ -1228,17 +1226,20 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _refusal(f"limit must be at least 1, not {limit}")
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
         room = min(_integer(request, "limit_bytes", room), room)
-        if seconds := min(_seconds(request, "wait"), MAX_WAIT_SECONDS):
-            end = time.monotonic() + seconds
-            self._waiter = Waiter(topic, after, limit, room, end, self.request)
-            # Until whoever takes it from the store has answered.
-            self.request.sending.acquire()
-        batch = store.get(topic, after, limit, room, self._waiter)
-        if self._waiter:
+        seconds = min(_seconds(request, "wait"), MAX_WAIT_SECONDS)
+        if not seconds:
+            return _messages_reply(store.get(topic, after, limit, room))
+        end = time.monotonic() + seconds
+        waiter = Waiter(topic, after, limit, room, end, self.request)
+        self.request.sending.acquire()  # until whoever takes it from the store answers
+        try:
+            batch = store.get(topic, after, limit, room, waiter)
             if not batch.ids:
+                self._waiter = waiter
                 return b""
-            self._waiter = None
-            self.request.sending.release()
+        finally:
+            if not self._waiter:
+                self.request.sending.release()
         return _messages_reply(batch)
 
     do_get_latest = do_get
