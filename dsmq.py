@@ -474,10 +474,9 @@ class _Topic:
         self.name = name
         self.key = key  # stands for the name in every row and index entry
         self.newest = 0  # id; answers a reader that has everything without SQL
-        self.gap = 0, 0  # from the first of these ids to the second the topic has none
         self.messages = 0
         self.bytes = TOPIC_OVERHEAD_BYTES + len(name.encode())
-        self.waiters: dict[Waiter, None] = {}  # a set that keeps order
+        self.waiters: dict[Waiter, int] = {}  # in order; after which id each is to read
         self.next_round = 0.0  # its waiters are not answered again before this time
         self.round_due = False  # it is in `rounds`
 
@@ -493,7 +492,7 @@ class MessageStore:
     """Topics of messages, which are opaque bytes here; all semantics but the cursors.
 
     Ids are contiguous over all topics: the rows are exactly those with ids from
-    `_purged + 1` to `_head`, in the order of their age. So the oldest go first, and the
+    `_purged + 1` to `head`, in the order of their age. So the oldest go first, and the
     boundary between expired and live is found by bisection.
 
     Readers that wait are answered by the putter, if they are few. Then their topic
@@ -517,11 +516,10 @@ class MessageStore:
         self._lock = threading.Lock()  # guards everything below
         import sqlite3  # which only a server needs
 
-        # Any thread may use it, under the lock. Autocommit: put begins its own
-        # transactions. The journal stays on, in memory (0.7 us a put): without it a
-        # statement that runs out of memory half-way leaves a broken database.
-        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None}
-        self._db = sqlite3.connect(":memory:", **options)
+        # Any thread may use it, under the lock. The journal stays on, in memory (0.7 us
+        # a put): without it a statement that runs out of memory half-way leaves a
+        # broken database.
+        self._db = sqlite3.connect(":memory:", check_same_thread=False)
         # Bodies are last in the row and the index holds none of them, so long messages
         # do not slow their neighbours. The index ends with the id, as all do.
         self._db.execute(
@@ -540,7 +538,7 @@ class MessageStore:
         self._bytes = 0
         self._topics: dict[str, _Topic] = {}
         self._topics_by_key: dict[int, _Topic] = {}
-        self._last_key = 0
+        self._keys = count()
         # By client, the latest to put last: when, what it settled, heads by sequence.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
         self._closed = False
@@ -559,9 +557,9 @@ class MessageStore:
                 raise ConnectionAbortedError("the server has stopped")
             now, first = self._clock(), self.head + 1
             heads = self._heads(origin, now) if origin else {}
-            if origin and origin[1] in heads:
+            if origin and heads[origin[1]]:
                 return heads[origin[1]], None
-            entry = self._topics.get(topic) or _Topic(topic, self._last_key + 1)
+            entry = self._topics.get(topic) or _Topic(topic, next(self._keys))
             cost = sum(map(len, bodies)) + MESSAGE_OVERHEAD_BYTES * len(bodies)
             used = self._bytes + (0 if entry.messages else entry.bytes)
             if used + cost > self.max_bytes:
@@ -572,10 +570,11 @@ class MessageStore:
                 self._insert(rows)
             else:
                 self._young += rows
-            self._count(entry, len(bodies), cost)
-            if not entry.round_due:  # else most wait at the first gap of the round
-                entry.gap = entry.newest, first - 1
-            self.head = entry.newest = first + len(bodies) - 1
+            self.head += len(bodies)
+            # If memory runs out here, the rows are of a topic that nobody knows.
+            self._topics_by_key[entry.key] = self._topics[topic] = entry
+            entry.newest, entry.messages = self.head, entry.messages + len(bodies)
+            entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
             # Each takes the putter 20 us; a crowd would keep it from its next request.
@@ -586,50 +585,22 @@ class MessageStore:
 
     def _insert(self, rows: list[_Row]) -> None:
         """Writes the young rows and these to the database, all or none."""
-        if not rows and not self._young:
-            return
-        self._db.execute("BEGIN")
-        try:
-            sql = "INSERT INTO messages VALUES (?, ?, ?, ?)"
-            self._db.executemany(sql, self._young + rows)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # out of memory, SQLite may have ended it
-                self._db.execute("ROLLBACK")
-            raise
-        self._young.clear()
-
-    def _count(self, entry: _Topic, messages: int, cost_bytes: int) -> None:
-        """Adds to the accounts (or takes from them) of a topic and of the whole."""
-        if entry.messages == 0:
-            self._bytes += entry.bytes
-            self._enter(entry)
-        entry.messages += messages
-        entry.bytes += cost_bytes
-        self._bytes += cost_bytes
-        if entry.messages == 0:
-            self._bytes -= entry.bytes
-            self._forget_if_unused(entry)
-
-    def _enter(self, entry: _Topic) -> None:
-        self._last_key = max(self._last_key, entry.key)
-        self._topics[entry.name] = self._topics_by_key[entry.key] = entry
-
-    def _forget_if_unused(self, entry: _Topic) -> None:
-        if not entry.messages and not entry.waiters:
-            del self._topics[entry.name], self._topics_by_key[entry.key]
+        if rows or self._young:
+            with self._db:
+                sql = "INSERT INTO messages VALUES (?, ?, ?, ?)"
+                self._db.executemany(sql, self._young + rows)
+            self._young.clear()
 
     def _heads(self, origin: Origin, now: float) -> dict[int, int]:
-        """The heads of a client's latest puts by sequence, to look for this one's and
-        to note it there."""
+        """The heads of a client's latest puts by sequence; 0 for one not yet stored."""
         client, sequence, settled = origin
         _, before, heads = self._recent.pop(client, (0.0, settled, {}))
         self._recent[client] = now, max(settled, before), heads
-        if sequence <= before and sequence not in heads:
+        if not heads.setdefault(sequence, 0) and sequence <= before:
             # Left on its way by an interrupt or a timeout, on a connection lost since.
             raise DSMQError(f"sequence {sequence} was settled before")
         # Bounded, whatever clients do: 64 puts of each, 10,000 clients.
-        if len(heads) >= 64 and sequence not in heads:
+        if len(heads) > 64:
             del heads[next(iter(heads))]
         if len(self._recent) > 10_000:
             del self._recent[next(iter(self._recent))]
@@ -652,10 +623,8 @@ class MessageStore:
         while len(batch.ids) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
             with self._lock:
-                self._check_open()
-                entry, more = self._topics.get(topic), EMPTY
-                if entry and entry.newest > after:
-                    more = self._read(entry, after, limit - len(batch.ids), room_bytes)
+                entry = self._topics.get(topic)
+                more = self._read(entry, after, limit - len(batch.ids), room_bytes)
                 if waiter and not batch.ids and self._begins_to_wait(waiter, more):
                     return EMPTY
             room_bytes -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
@@ -669,78 +638,72 @@ class MessageStore:
             after = more.ids[-1]
         return batch
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectionAbortedError("the server has stopped")
-
     def get_latest(self, topic: str, after: int) -> Batch:
         """The newest live message with an id above `after`, or none."""
         with self._lock:
-            self._check_open()
             entry = self._topics.get(topic)
-            if entry is None or entry.newest <= after:
-                return EMPTY
-            return self._read(entry, entry.newest - 1, 1, 0)
+            after = max(after, entry.newest - 1) if entry else after
+            return self._read(entry, after, 1, 0)
 
-    def _read(self, entry: _Topic, after: int, limit: int, room_bytes: int) -> Batch:
-        """One step's worth of a topic's live messages."""
+    def _read(
+        self, entry: _Topic | None, after: int, limit: int, room_bytes: int
+    ) -> Batch:
+        """One step's worth of a topic's live messages; at least one if there is one."""
+        if self._closed:
+            raise ConnectionAbortedError("the server has stopped")
+        if entry is None or entry.newest <= after:
+            return EMPTY
         cutoff = self._clock() - self.time_to_live
         limit, room_bytes = min(limit, STEP_MESSAGES), min(room_bytes, STEP_BYTES)
-        rows = self._select(entry, after, limit, room_bytes)
-        # Rows are in the order of their age, so only the first needs a look.
-        if rows and rows[0][2] <= cutoff:
-            after = max(after, self._newest_by(cutoff, bisect.bisect_right))
-            rows = self._select(entry, after, limit, room_bytes)
-        if not rows:
-            return EMPTY
-        ids, bodies, times = zip(*rows)
-        return Batch(list(ids), list(bodies), times[0] - cutoff)
-
-    def _select(
-        self, entry: _Topic, after: int, limit: int, room_bytes: int
-    ) -> list[tuple[int, bytes, float]]:
-        """The rows that fit, at least one if there is one."""
-        newer, key = self.head - after, entry.key
+        rows: Iterable[_Row]
+        newer = self.head - after
         if newer <= len(self._young):
-            rows = [(i, b, at) for i, k, at, b in self._young[-newer:] if k == key]
-            return _fitting(rows[:limit], room_bytes)
-        self._insert([])
-        cursor = self._db.execute(
-            "SELECT id, body, put_at FROM messages WHERE topic = :topic AND id > :after"
-            " ORDER BY id LIMIT :limit",
-            {"topic": key, "after": after, "limit": limit},
-        )
-        with contextlib.closing(cursor):  # left half-way it would be in a DELETE's way
-            return _fitting(cursor, room_bytes)
+            rows = [row for row in self._young[-newer:] if row[1] == entry.key][:limit]
+        else:
+            self._insert([])
+            sql = "SELECT * FROM messages WHERE topic = ? AND id > ? ORDER BY id LIMIT ?"
+            rows = self._db.execute(sql, (entry.key, after, limit))
+        batch = EMPTY
+        for id_, _, put_at, body in rows:
+            if not batch.ids:
+                if put_at <= cutoff:  # the younger ones may live
+                    after = self._newest_by(cutoff)
+                    return self._read(entry, after, limit, room_bytes)
+                batch = Batch([], [], put_at - cutoff)
+            room_bytes -= len(body) + ID_BYTES
+            if room_bytes < 0 and batch.ids:
+                break
+            batch.ids.append(id_)
+            batch.bodies.append(body)
+        return batch
 
     def head_before(self, seconds: float) -> int:
         """The newest id of those put longer ago than that; with 0 of all."""
         with self._lock:
-            self._check_open()
-            if not seconds:
+            if not seconds or self._closed:
                 return self.head
-            return self._newest_by(self._clock() - seconds, bisect.bisect_left)
+            return self._newest_by(math.nextafter(self._clock() - seconds, -math.inf))
 
-    def _newest_by(self, time_: float, side: Callable[..., int]) -> int:
-        """The newest id put before a time; with bisect_right also at that time."""
+    def _newest_by(self, time_: float) -> int:
+        """The newest id put at a time or before; by bisection, as rows are by age."""
         self._insert([])
         ids = range(self._purged + 1, self.head + 1)
         ask, sql = self._db.execute, "SELECT put_at FROM messages WHERE id = ?"
-        place = side(ids, time_, key=lambda id_: ask(sql, (id_,)).fetchone()[0])
-        return self._purged + place
+        put_at = lambda id_: ask(sql, (id_,)).fetchone()[0]
+        return self._purged + bisect.bisect_right(ids, time_, key=put_at)
 
     # Readers that wait
 
     def _begins_to_wait(self, waiter: Waiter, found: Batch) -> bool:
-        entry = self._topics.get(waiter.topic)
-        if entry is None:
-            entry = _Topic(waiter.topic, self._last_key + 1)
-            self._enter(entry)
+        entry = self._topics.get(waiter.topic) or _Topic(waiter.topic, next(self._keys))
         if found.ids:
             if self._clock() >= entry.next_round:
                 return False
             self._call_round(entry)
-        entry.waiters[waiter] = None
+        self._topics_by_key[entry.key] = self._topics[entry.name] = entry
+        # Those for whom there is nothing are all at the same place, and read once.
+        ahead = found.ids or waiter.after > self.head
+        entry.waiters[waiter] = waiter.after if ahead else entry.newest
         return True
 
     def _call_round(self, entry: _Topic) -> None:
@@ -754,17 +717,12 @@ class MessageStore:
         found: dict[tuple[int, int, int], Batch] = {}  # most ask for the same
         with self._lock:
             entry.round_due, entry.next_round = False, self._clock() + 0.002
-            for waiter in entry.waiters:
-                # One whose `after` is above the newest id waits for later messages.
-                if waiter.after < entry.newest:
-                    # Wherever it began to wait in the gap, it reads the same.
-                    low, high = entry.gap
-                    after = high if low <= waiter.after <= high else waiter.after
-                    place = after, waiter.limit, waiter.room_bytes
-                    if place not in found:
-                        found[place] = self._read(entry, *place)
-                    if found[place].ids:  # or all have expired
-                        ready.append((waiter, found[place]))
+            for waiter, after in entry.waiters.items():
+                place = after, waiter.limit, waiter.room_bytes
+                if place not in found:
+                    found[place] = self._read(entry, *place)
+                if found[place].ids:  # or all have expired, or it waits for later ones
+                    ready.append((waiter, found[place]))
             # Not before all is read: one taken out, as memory ran out, had no answer.
             for waiter, _ in ready:
                 del entry.waiters[waiter]
@@ -774,33 +732,40 @@ class MessageStore:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
             entry = self._topics.get(waiter.topic)
-            if entry is None or waiter not in entry.waiters:
+            if entry is None or entry.waiters.pop(waiter, None) is None:
                 return False
-            del entry.waiters[waiter]
             self._forget_if_unused(entry)
             return True
+
+    def _forget_if_unused(self, entry: _Topic) -> None:
+        if not entry.messages and not entry.waiters:
+            del self._topics[entry.name], self._topics_by_key[entry.key]
 
     # Expiry and accounts
 
     def purge(self) -> bool:
         """Frees the oldest expired messages, a step's worth; whether there were any."""
         with self._lock:
-            self._insert([])
-            cutoff, room_bytes = self._clock() - self.time_to_live, STEP_BYTES
-            sql = "SELECT id, topic, put_at, length(body) FROM messages ORDER BY id"
-            gone: list[tuple[int, int, int]] = []
-            with contextlib.closing(self._db.execute(sql)) as rows:
-                for id_, key, put_at, size in rows:
-                    if put_at > cutoff or room_bytes <= 0 or len(gone) >= STEP_MESSAGES:
-                        break
-                    gone.append((id_, key, size + MESSAGE_OVERHEAD_BYTES))
-                    room_bytes -= size
-            if gone:
-                sql = "DELETE FROM messages WHERE id <= ?"
-                self._db.execute(sql, gone[-1][:1])
-                self._purged = gone[-1][0]
-                for _, key, cost in gone:
-                    self._count(self._topics_by_key[key], -1, -cost)
+            last = self._newest_by(self._clock() - self.time_to_live)
+            sql = "SELECT topic, length(body) FROM messages WHERE id <= ? LIMIT ?"
+            gone, room_bytes = [], STEP_BYTES
+            for key, size in self._db.execute(sql, (last, STEP_MESSAGES)):
+                gone.append((key, size + MESSAGE_OVERHEAD_BYTES))
+                room_bytes -= size
+                if room_bytes <= 0:
+                    break
+            last = self._purged + len(gone)
+            with self._db:
+                self._db.execute("DELETE FROM messages WHERE id <= ?", (last,))
+            self._purged = last
+            for key, cost in gone:
+                if entry := self._topics_by_key.get(key):
+                    entry.messages -= 1
+                    entry.bytes -= cost
+                    self._bytes -= cost
+                    if not entry.messages:
+                        self._bytes -= entry.bytes
+                        self._forget_if_unused(entry)
             return bool(gone)
 
     def tidy(self) -> None:
@@ -844,19 +809,6 @@ class MessageStore:
                 entry.waiters.clear()
             self._topics.clear()
             return waiters
-
-
-def _fitting(
-    rows: Iterable[tuple[int, bytes, float]], room_bytes: int
-) -> list[tuple[int, bytes, float]]:
-    """The first rows that fit; at least one if there is one."""
-    fitting: list[tuple[int, bytes, float]] = []
-    for row in rows:
-        room_bytes -= len(row[1]) + ID_BYTES
-        if room_bytes < 0 and fitting:
-            break
-        fitting.append(row)
-    return fitting
 
 
 # ---------------------------------------------------------------------------- server
