@@ -464,7 +464,7 @@ class Waiter(NamedTuple):
     topic: str
     after: int
     limit: int
-    room_bytes: int
+    room: int
     end: float = math.inf  # of its wait, a monotonic time
     connection: Any = None  # the server's, to answer it on
 
@@ -502,23 +502,15 @@ class MessageStore:
     second, without it 20,000; at 500 a second each message goes out at once.)
     """
 
-    def __init__(
-        self,
-        time_to_live: float,
-        max_bytes: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.time_to_live = time_to_live
-        self.max_bytes = max_bytes
+    def __init__(self, time_to_live: float, max_bytes: int) -> None:
+        self.time_to_live, self.max_bytes = time_to_live, max_bytes
         # Topics whose readers are to be answered at the time of their next round.
         self.rounds: queue.SimpleQueue[_Topic | None] = queue.SimpleQueue()
-        self._clock = clock
         self._lock = threading.Lock()  # guards everything below
         import sqlite3  # which only a server needs
 
-        # Any thread may use it, under the lock. The journal stays on, in memory (0.7 us
-        # a put): without it a statement that runs out of memory half-way leaves a
-        # broken database.
+        # The journal stays on, in memory (0.7 us a put): without it a statement that
+        # runs out of memory half-way leaves a broken database.
         self._db = sqlite3.connect(":memory:", check_same_thread=False)
         # Bodies are last in the row and the index holds none of them, so long messages
         # do not slow their neighbours. The index ends with the id, as all do.
@@ -527,9 +519,9 @@ class MessageStore:
             " put_at REAL NOT NULL, body BLOB NOT NULL)"
         )
         self._db.execute("CREATE INDEX by_topic ON messages (topic)")
-        # The one look at the wall clock. Microseconds, because ids then grow more
-        # slowly than the clock does, so a restarted server starts above them, and stay
-        # below 2**53, where JavaScript's integers end, for two centuries.
+        # The one look at the wall clock. Ids grow more slowly than its microseconds, so
+        # a restarted server starts above them, and stay below 2**53, where JavaScript's
+        # integers end, for two centuries.
         self.head = self._purged = time.time_ns() // 1000  # the newest id
         # The newest rows, which are still to be inserted: together they cost less (2
         # instead of 5 us each), most reads are of these alone, and SQLite gives up the
@@ -555,7 +547,7 @@ class MessageStore:
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("the server has stopped")
-            now, first = self._clock(), self.head + 1
+            now, first = time.monotonic(), self.head + 1
             heads = self._heads(origin, now) if origin else {}
             if origin and heads[origin[1]]:
                 return heads[origin[1]], None
@@ -571,7 +563,7 @@ class MessageStore:
             else:
                 self._young += rows
             self.head += len(bodies)
-            # If memory runs out here, the rows are of a topic that nobody knows.
+            # If memory runs out here, these rows are nobody's.
             self._topics_by_key[entry.key] = self._topics[topic] = entry
             entry.newest, entry.messages = self.head, entry.messages + len(bodies)
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
@@ -596,39 +588,35 @@ class MessageStore:
         client, sequence, settled = origin
         _, before, heads = self._recent.pop(client, (0.0, settled, {}))
         self._recent[client] = now, max(settled, before), heads
-        if not heads.setdefault(sequence, 0) and sequence <= before:
-            # Left on its way by an interrupt or a timeout, on a connection lost since.
-            raise DSMQError(f"sequence {sequence} was settled before")
-        # Bounded, whatever clients do: 64 puts of each, 10,000 clients.
-        if len(heads) > 64:
-            del heads[next(iter(heads))]
+        # Bounded, whatever clients do: 10,000 of them, 64 puts of each.
         if len(self._recent) > 10_000:
             del self._recent[next(iter(self._recent))]
+        if sequence <= before and not heads.get(sequence):
+            # Left on its way by an interrupt or a timeout, on a connection lost since.
+            raise DSMQError(f"sequence {sequence} was settled before")
+        heads.setdefault(sequence, 0)  # as to note it must not fail, once it is stored
+        if len(heads) > 64:
+            del heads[next(iter(heads))]
         return heads
 
     # Reading
 
     def get(
-        self,
-        topic: str,
-        after: int,
-        limit: int,
-        room_bytes: int,
-        waiter: Waiter | None = None,
+        self, topic: str, after: int, limit: int, room: int, wait: Waiter | None = None
     ) -> Batch:
         """The oldest live messages with ids above `after`, as many as fit `limit` and
-        `room_bytes` (each with ID_BYTES), at least one if there is one. If there is
-        none, or a round to come, `waiter` waits for that, and nothing is given."""
+        `room` (bytes, each with ID_BYTES), at least one if there is one. If there is
+        none, or a round to come, the `wait` for it begins, and nothing is given."""
         batch = EMPTY
         while len(batch.ids) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
             with self._lock:
                 entry = self._topics.get(topic)
-                more = self._read(entry, after, limit - len(batch.ids), room_bytes)
-                if waiter and not batch.ids and self._begins_to_wait(waiter, more):
+                more = self._read(entry, after, limit - len(batch.ids), room)
+                if wait and not batch.ids and self._begins_to_wait(wait, more):
                     return EMPTY
-            room_bytes -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
-            if not more.ids or (batch.ids and room_bytes < 0):
+            room -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
+            if not more.ids or (batch.ids and room < 0):
                 break
             if batch.ids:
                 batch.ids.extend(more.ids)
@@ -645,33 +633,31 @@ class MessageStore:
             after = max(after, entry.newest - 1) if entry else after
             return self._read(entry, after, 1, 0)
 
-    def _read(
-        self, entry: _Topic | None, after: int, limit: int, room_bytes: int
-    ) -> Batch:
+    def _read(self, entry: _Topic | None, after: int, limit: int, room: int) -> Batch:
         """One step's worth of a topic's live messages; at least one if there is one."""
         if self._closed:
             raise ConnectionAbortedError("the server has stopped")
         if entry is None or entry.newest <= after:
             return EMPTY
-        cutoff = self._clock() - self.time_to_live
-        limit, room_bytes = min(limit, STEP_MESSAGES), min(room_bytes, STEP_BYTES)
+        cutoff = time.monotonic() - self.time_to_live
+        limit, room = min(limit, STEP_MESSAGES), min(room, STEP_BYTES)
         rows: Iterable[_Row]
         newer = self.head - after
         if newer <= len(self._young):
             rows = [row for row in self._young[-newer:] if row[1] == entry.key][:limit]
         else:
             self._insert([])
-            sql = "SELECT * FROM messages WHERE topic = ? AND id > ? ORDER BY id LIMIT ?"
-            rows = self._db.execute(sql, (entry.key, after, limit))
+            sql = "SELECT * FROM messages WHERE topic = ? AND id > ?"
+            place = entry.key, after, limit
+            rows = self._db.execute(sql + " ORDER BY id LIMIT ?", place)
         batch = EMPTY
         for id_, _, put_at, body in rows:
             if not batch.ids:
-                if put_at <= cutoff:  # the younger ones may live
-                    after = self._newest_by(cutoff)
-                    return self._read(entry, after, limit, room_bytes)
+                if put_at <= cutoff:  # of the younger ones some may live
+                    return self._read(entry, self._newest_by(cutoff), limit, room)
                 batch = Batch([], [], put_at - cutoff)
-            room_bytes -= len(body) + ID_BYTES
-            if room_bytes < 0 and batch.ids:
+            room -= len(body) + ID_BYTES
+            if room < 0 and batch.ids:
                 break
             batch.ids.append(id_)
             batch.bodies.append(body)
@@ -682,22 +668,23 @@ class MessageStore:
         with self._lock:
             if not seconds or self._closed:
                 return self.head
-            return self._newest_by(math.nextafter(self._clock() - seconds, -math.inf))
+            begin = time.monotonic() - seconds
+            return self._newest_by(math.nextafter(begin, -math.inf))
 
     def _newest_by(self, time_: float) -> int:
         """The newest id put at a time or before; by bisection, as rows are by age."""
         self._insert([])
         ids = range(self._purged + 1, self.head + 1)
         ask, sql = self._db.execute, "SELECT put_at FROM messages WHERE id = ?"
-        put_at = lambda id_: ask(sql, (id_,)).fetchone()[0]
-        return self._purged + bisect.bisect_right(ids, time_, key=put_at)
+        found = bisect.bisect_right(ids, time_, key=lambda i: next(ask(sql, (i,)))[0])
+        return self._purged + found
 
     # Readers that wait
 
     def _begins_to_wait(self, waiter: Waiter, found: Batch) -> bool:
         entry = self._topics.get(waiter.topic) or _Topic(waiter.topic, next(self._keys))
         if found.ids:
-            if self._clock() >= entry.next_round:
+            if time.monotonic() >= entry.next_round:
                 return False
             self._call_round(entry)
         self._topics_by_key[entry.key] = self._topics[entry.name] = entry
@@ -716,9 +703,9 @@ class MessageStore:
         ready = []
         found: dict[tuple[int, int, int], Batch] = {}  # most ask for the same
         with self._lock:
-            entry.round_due, entry.next_round = False, self._clock() + 0.002
+            entry.round_due, entry.next_round = False, time.monotonic() + 0.002
             for waiter, after in entry.waiters.items():
-                place = after, waiter.limit, waiter.room_bytes
+                place = after, waiter.limit, waiter.room
                 if place not in found:
                     found[place] = self._read(entry, *place)
                 if found[place].ids:  # or all have expired, or it waits for later ones
@@ -746,20 +733,21 @@ class MessageStore:
     def purge(self) -> bool:
         """Frees the oldest expired messages, a step's worth; whether there were any."""
         with self._lock:
-            last = self._newest_by(self._clock() - self.time_to_live)
-            sql = "SELECT topic, length(body) FROM messages WHERE id <= ? LIMIT ?"
-            gone, room_bytes = [], STEP_BYTES
-            for key, size in self._db.execute(sql, (last, STEP_MESSAGES)):
+            last = self._newest_by(time.monotonic() - self.time_to_live)
+            sql = "SELECT topic, length(body) FROM messages WHERE id <= ? ORDER BY id"
+            gone, room = [], STEP_BYTES
+            for key, size in self._db.execute(sql + " LIMIT ?", (last, STEP_MESSAGES)):
                 gone.append((key, size + MESSAGE_OVERHEAD_BYTES))
-                room_bytes -= size
-                if room_bytes <= 0:
+                room -= size
+                if room <= 0:
                     break
             last = self._purged + len(gone)
             with self._db:
                 self._db.execute("DELETE FROM messages WHERE id <= ?", (last,))
             self._purged = last
             for key, cost in gone:
-                if entry := self._topics_by_key.get(key):
+                entry = self._topics_by_key.get(key)
+                if entry and entry.messages:
                     entry.messages -= 1
                     entry.bytes -= cost
                     self._bytes -= cost
@@ -772,7 +760,7 @@ class MessageStore:
         """Frees the memory of puts too long ago to be repeated, and, once little is
         left of much, that of SQLite, which keeps the pages of deleted rows."""
         with self._lock:
-            oldest = self._clock() - max(self.time_to_live, REMEMBERED_SECONDS)
+            oldest = time.monotonic() - max(self.time_to_live, REMEMBERED_SECONDS)
             while self._recent and next(iter(self._recent.values()))[0] < oldest:
                 del self._recent[next(iter(self._recent))]
             free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]

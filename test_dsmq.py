@@ -194,8 +194,7 @@ class Server:
 
     def __init__(self, port: int = 0, tls: Path | None = None, **rest: Any):
         bounds = rest.pop("time_to_live", 600.0), rest.pop("max_bytes", 1 << 30)
-        # A test may replace time.monotonic later.
-        self.store = dsmq.MessageStore(*bounds, lambda: time.monotonic())
+        self.store = dsmq.MessageStore(*bounds)
         self.tls = tls
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -600,13 +599,15 @@ Store = dsmq.MessageStore
 
 
 @pytest.fixture
-def clock() -> SimpleNamespace:
-    return SimpleNamespace(now=1000.0)  # moved on by the test
+def clock(monkeypatch: Patch) -> SimpleNamespace:
+    moved = SimpleNamespace(now=1000.0)  # by the test
+    monkeypatch.setattr(time, "monotonic", lambda: moved.now)
+    return moved
 
 
 @pytest.fixture
 def store(clock: Any) -> Iterator[Store]:
-    with contextlib.closing(Store(600.0, 4_000_000, lambda: float(clock.now))) as one:
+    with contextlib.closing(Store(600.0, 4_000_000)) as one:
         yield one
 
 
