@@ -2518,14 +2518,11 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
     _check_number("timeout", timeout, 0, math.inf)
     if sys.stdout is None:
         raise ValueError("standard output is closed")
-    host, port = where.get("host", DEFAULT_HOST), where.get("port", DEFAULT_PORT)
-    # A URL has its port in it, and may have a password.
-    place = host.rpartition("@")[2] if "://" in host else f"{host}:{port}"
     _show_log()  # a lost server is told of
     came: queue.Queue[Any] = queue.Queue(100)  # so readers wait for a slow terminal
     with connect(**where) as mq:
         if told:
-            _log.info("watching %s at %s", ", ".join(topics), place)
+            _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
         for topic in topics:
             follow = partial(_follow, mq, topic, came)
             threading.Thread(target=follow, daemon=True).start()
@@ -2548,8 +2545,7 @@ def _follow(mq: DSMQClientSideConnection, topic: str, came: Any) -> None:
     """Passes on a topic's messages, through restarts of the server, to the end."""
     while not mq.closed:
         try:
-            for message in mq.listen(topic):
-                came.put((topic, message))
+            came.put((topic, mq.get_wait(topic, math.inf)))
         except OSError as error:
             if not mq.closed:
                 _log.warning("%s; trying again", error)
@@ -2566,8 +2562,7 @@ def _stats(as_json: bool = False, **where: Any) -> None:
     if as_json:
         _say(json.dumps(stats))
         return
-    topics = stats.pop("topics")
-    stats["uptime"] = int(stats["uptime"])
+    topics, stats["uptime"] = stats.pop("topics"), int(stats["uptime"])
     _say(*(f"{name:<14}{value}" for name, value in stats.items()), "")
     _say(f"{'topic':<30}{'messages':>12}{'bytes':>14}")
     for topic, one in topics.items():
@@ -2582,50 +2577,48 @@ def _shutdown(**where: Any) -> None:
 
 
 def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
-    """Measures a server of its own, or the one at --host and --port."""
+    """Measures a server of its own, or the one at --host and --port, in us a call."""
+    from timeit import timeit
+
     _check_number("count", count, 1, sys.maxsize, whole=True)
-    if "host" not in where and "port" not in where:
+    if not where.keys() & {"host", "port"}:
         where = {"port": _free_port()}
         _start(serve, DEFAULT_HOST, where["port"])
+    topic, few, figures = f"bench {os.urandom(4).hex()} ", max(count // 20, 1), {}
     with connect(**where) as mq:
-        figures = dict(_figures(mq, count))
+        calls: list[tuple[Any, ...]] = [
+            ("put", count, mq.put, topic, "x"),
+            ("get, something there", count, mq.get, topic),
+            ("get, nothing there", count, mq.get, topic),
+            ("put_many of 100, a message", few, mq.put_many, topic, ["x"] * 100),
+            ("get_many of 100, a message", few, mq.get_many, topic),
+            ("put, 500 kB", few, mq.put, topic + "long", "x" * 500_000),
+            ("get, 500 kB", few, mq.get, topic + "long"),
+        ]
+        for name, times, call, *arguments in calls:
+            seconds = timeit(partial(call, *arguments), number=times) / times
+            figures[name] = seconds * 1e6 / (100 if "100" in name else 1)
+        _start(_read, mq, topic, count, partial(mq.put, topic + "back"))
+        mq.get_wait(topic + "ready")
+        ways = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            mq.put(topic, "x")
+            mq.get_wait(topic + "back")
+            ways.append(time.perf_counter() - begin)
+        figures["one way to another process, median"] = sorted(ways)[count // 2] / 2e-6
+        topic += "fan "
+        readers = [_start(_read, mq, topic, count, len) for _ in range(4)]
+        for _ in readers:
+            mq.get_wait(topic + "ready")
+        begin = time.perf_counter()
+        timeit(partial(mq.put, topic, "x"), number=count)
+        for reader in readers:
+            reader.join()
+        rate = 4 * count / (time.perf_counter() - begin)
+        figures["1 writer, 4 readers, deliveries/s"] = rate
     rows = [f"{name:<40} {figure:10,.1f}" for name, figure in figures.items()]
     _say(*[json.dumps(figures)] if as_json else rows)
-
-
-def _figures(mq: DSMQClientSideConnection, count: int) -> Iterator[tuple[str, float]]:
-    """Names and figures: microseconds, unless the name says otherwise."""
-    from timeit import repeat, timeit
-
-    def each(times: int, call: Callable[..., object], *arguments: Any) -> float:
-        return timeit(partial(call, *arguments), number=times) / times * 1e6
-
-    def trip() -> None:
-        mq.put(topic, "x")
-        mq.get_wait(topic + "back")
-
-    topic = f"bench {os.urandom(4).hex()} "
-    few, trips, hundred = max(count // 20, 1), max(count // 4, 1), ["x"] * 100
-    yield "put", each(count, mq.put, topic, "x")
-    yield "get, something there", each(count, mq.get, topic)
-    yield "get, nothing there", each(count, mq.get, topic)
-    yield "put_many of 100, a message", each(few, mq.put_many, topic, hundred) / 100
-    yield "get_many of 100, a message", each(few, mq.get_many, topic) / 100
-    yield "put, 500 kB", each(few, mq.put, topic + "long", "x" * 500_000)
-    yield "get, 500 kB", each(few, mq.get, topic + "long")
-    _start(_read, mq, topic, trips, partial(mq.put, topic + "back"))
-    mq.get_wait(topic + "ready")
-    ways = sorted(repeat(trip, number=1, repeat=trips))
-    yield "one way to another process, median", ways[trips // 2] / 2 * 1e6
-    topic += "fan "
-    readers = [_start(_read, mq, topic, count, len) for _ in range(4)]
-    for _ in readers:
-        mq.get_wait(topic + "ready")
-    begin = time.monotonic()
-    each(count, mq.put, topic, "x")
-    for reader in readers:
-        reader.join()
-    yield "1 writer, 4 readers, deliveries/s", 4 * count / (time.monotonic() - begin)
 
 
 def _read(mq: DSMQClientSideConnection, topic: str, count: int, use: Any) -> None:
@@ -2655,21 +2648,17 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "json": {**_FLAG, "dest": "as_json", "help": "for programs to read"},
     "version": {"action": "version", "version": f"dsmq {__version__}"},
 }
-_CLIENT = "host port secret-file tls "
-# What runs, its words, and the options that, if given, it gets by name or passes on.
+_LIMITS = "time-to-live max-bytes max-frame-bytes max-clients certfile keyfile"
+# What runs, its words, and the options that, if given, it gets by name or passes on,
+# besides those all commands have.
 _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "": (demo, "", "version"),
-    "serve": (
-        _serve,
-        "",
-        "host port secret-file time-to-live max-bytes max-frame-bytes max-clients"
-        " certfile keyfile",
-    ),
-    "put": (_put, "TOPIC [MSG ...]", _CLIENT + "timeout"),
-    "watch": (_watch, "TOPIC ...", _CLIENT + "count timeout since json verbose"),
-    "stats": (_stats, "", _CLIENT + "timeout json"),
-    "shutdown": (_shutdown, "", _CLIENT + "timeout"),
-    "bench": (_bench, "", _CLIENT + "count json"),
+    "serve": (_serve, "", _LIMITS),
+    "put": (_put, "TOPIC [MSG ...]", "tls timeout"),
+    "watch": (_watch, "TOPIC ...", "tls count timeout since json verbose"),
+    "stats": (_stats, "", "tls timeout json"),
+    "shutdown": (_shutdown, "", "tls timeout"),
+    "bench": (_bench, "", "tls count json"),
 }
 
 
@@ -2680,12 +2669,12 @@ def _parsed(arguments: list[str]) -> Callable[[], None]:
     split = [*arguments, "--"].index("--")  # behind it nothing is an option
     name = next((word for word in arguments[:split] if word in _COMMANDS), "")
     run, words, flags = _COMMANDS[name]
-    shown = [(name, words)] if name else [(n, c[1]) for n, c in _COMMANDS.items()]
-    lines = (" ".join(f"dsmq {n} [options] {w}".split()) for n, w in shown)
-    usage = "\n       ".join(lines)
+    shown = [name] if name else _COMMANDS
+    lines = (f"dsmq {n} [options] {_COMMANDS[n][1]}".split() for n in shown)
+    usage = "\n       ".join(map(" ".join, lines))
     more = "HOST may also be the URL of a Redis, redis://..." if "tls" in flags else ""
     parser = argparse.ArgumentParser("dsmq", usage, run.__doc__, more)
-    for flag in flags.split():
+    for flag in (("host port secret-file " if name else "") + flags).split():
         parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **_OPTIONS[flag])
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(arguments[:split]))
