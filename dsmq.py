@@ -640,28 +640,28 @@ class MessageStore:
         if entry is None or entry.newest <= after:
             return EMPTY
         cutoff = time.monotonic() - self.time_to_live
-        limit, room = min(limit, STEP_MESSAGES), min(room, STEP_BYTES)
-        rows: Iterable[_Row]
-        newer = self.head - after
+        limit, left = min(limit, STEP_MESSAGES), min(room, STEP_BYTES)
+        newer, key = self.head - after, entry.key
+        rows: Iterable[tuple[int, float, bytes]]
         if newer <= len(self._young):
-            rows = [row for row in self._young[-newer:] if row[1] == entry.key][:limit]
+            young = self._young[-newer:]
+            rows = [(i, at, b) for i, k, at, b in young if k == key][:limit]
         else:
             self._insert([])
-            sql = "SELECT * FROM messages WHERE topic = ? AND id > ?"
-            place = entry.key, after, limit
-            rows = self._db.execute(sql + " ORDER BY id LIMIT ?", place)
-        batch = EMPTY
-        for id_, _, put_at, body in rows:
-            if not batch.ids:
-                if put_at <= cutoff:  # of the younger ones some may live
-                    return self._read(entry, self._newest_by(cutoff), limit, room)
-                batch = Batch([], [], put_at - cutoff)
-            room -= len(body) + ID_BYTES
-            if room < 0 and batch.ids:
+            sql = "SELECT id, put_at, body FROM messages WHERE topic = ? AND id > ?"
+            rows = self._db.execute(sql + " ORDER BY id LIMIT ?", (key, after, limit))
+        found: list[tuple[int, float, bytes]] = []
+        for row in rows:
+            left -= len(row[2]) + ID_BYTES
+            if left < 0 and found:
                 break
-            batch.ids.append(id_)
-            batch.bodies.append(body)
-        return batch
+            found.append(row)
+        if not found:
+            return EMPTY
+        if found[0][1] <= cutoff:  # of the younger ones some may live
+            return self._read(entry, self._newest_by(cutoff), limit, room)
+        ids, times, bodies = zip(*found)
+        return Batch(list(ids), list(bodies), times[0] - cutoff)
 
     def head_before(self, seconds: float) -> int:
         """The newest id of those put longer ago than that; with 0 of all."""
