@@ -110,11 +110,9 @@ MAX_PUT_MESSAGES = 100_000  # stored in one go, in which others wait: 0.2 s
 MAX_CLIENTS = 10_000  # connections, a thread each
 MAX_TOPIC_CHARACTERS = 1000
 MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
-# What a stored message takes in memory beside its text (row, index; measured 65 to 75
-# bytes), and what a topic takes beside its name: both count towards max_bytes, so that
-# a flood of empty messages is bounded too.
+# Memory of a message beside its text (row and index, measured: 65 to 75). It counts
+# towards max_bytes, as do topics, so that a flood of empty messages is bounded too.
 MESSAGE_OVERHEAD_BYTES = 72
-TOPIC_OVERHEAD_BYTES = 400
 
 STALL_SECONDS = 30.0  # a peer silent inside a frame, or not reading, is dropped
 LINGER_SECONDS = 1.0  # a refused peer gets this long to read why
@@ -458,8 +456,8 @@ class Batch(NamedTuple):
 
 
 class Waiter(NamedTuple):
-    """A reader that waits for a topic's next message. Whoever takes it out of the store
-    (a put, a round, the end of its wait, stopping) owes it the answer."""
+    """A reader that waits. Whoever takes it out of the store (a put, a round, the end
+    of its wait, stopping) owes it the answer."""
 
     topic: str
     after: int
@@ -475,36 +473,34 @@ class _Topic:
         self.key = key  # stands for the name in every row and index entry
         self.newest = 0  # id; answers a reader that has everything without SQL
         self.messages = 0
-        self.bytes = TOPIC_OVERHEAD_BYTES + len(name.encode())
-        self.waiters: dict[Waiter, int] = {}  # in order; after which id each is to read
-        self.next_round = 0.0  # its waiters are not answered again before this time
+        self.bytes = 400 + len(name.encode())  # measured
+        self.waiters: dict[Waiter, int] = {}  # in order; after which id each reads
+        self.next_round = 0.0  # before this time its waiters are not answered again
         self.round_due = False  # it is in `rounds`
 
 
 EMPTY = Batch([], [], 0.0)
 _Row = tuple[int, int, float, bytes]  # id, topic's key, when it was put, body
-# Where a put comes from, so that it is stored once, and not after later ones: the
-# client's name, its number for this put, and up to which number it expects no more.
+# Of a put: the client's name, its number, and up to which number no more shall come.
 Origin = tuple[str, int, int]
 
 
 class MessageStore:
     """Topics of messages, which are opaque bytes here; all semantics but the cursors.
 
-    Ids are contiguous over all topics: the rows are exactly those with ids from
-    `_purged + 1` to `head`, in the order of their age. So the oldest go first, and the
-    boundary between expired and live is found by bisection.
+    The rows are those with ids from `_purged + 1` to `head`, none left out, in the
+    order of their age. So the oldest go first, and bisection finds which have expired.
 
     Readers that wait are answered by the putter, if they are few. Then their topic
-    rests for four times as long as that took, 2 ms at most: who asks again meanwhile
-    waits for the next round, though something is there, so that a fast writer does not
-    wake every reader for every message. (From one writer to eight readers 51,000 a
-    second, without it 20,000; at 500 a second each message goes out at once.)
+    rests for four times as long as that took, 2 ms at most: who asks meanwhile waits
+    for the next round, though something is there, so that a fast writer does not wake
+    every reader for every message. (From one writer to eight readers 51,000 a second,
+    without it 20,000; at 500 a second each message goes out at once.)
     """
 
     def __init__(self, time_to_live: float, max_bytes: int) -> None:
         self.time_to_live, self.max_bytes = time_to_live, max_bytes
-        # Topics whose readers are to be answered at the time of their next round.
+        # Topics with readers to answer at their next round; None at the end.
         self.rounds: queue.SimpleQueue[_Topic | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards everything below
         import sqlite3  # which only a server needs
@@ -514,20 +510,18 @@ class MessageStore:
         self._db = sqlite3.connect(":memory:", check_same_thread=False)
         # Bodies are last in the row and the index holds none of them, so long messages
         # do not slow their neighbours. The index ends with the id, as all do.
-        self._db.execute(
-            "CREATE TABLE messages (id INTEGER PRIMARY KEY, topic INTEGER NOT NULL,"
-            " put_at REAL NOT NULL, body BLOB NOT NULL)"
-        )
+        columns = "id INTEGER PRIMARY KEY, topic, put_at, body"
+        self._db.execute(f"CREATE TABLE messages ({columns})")
         self._db.execute("CREATE INDEX by_topic ON messages (topic)")
-        # The one look at the wall clock. Ids grow more slowly than its microseconds, so
-        # a restarted server starts above them, and stay below 2**53, where JavaScript's
+        # The newest id. Microseconds, for ids grow more slowly than they do, so that a
+        # restarted server starts above them, and stay below 2**53, where JavaScript's
         # integers end, for two centuries.
-        self.head = self._purged = time.time_ns() // 1000  # the newest id
-        # The newest rows, which are still to be inserted: together they cost less (2
-        # instead of 5 us each), most reads are of these alone, and SQLite gives up the
-        # interpreter lock at every step, so that busy threads trip over each other.
+        self.head = self._purged = time.time_ns() // 1000
+        # The newest rows, still to be inserted: together they cost less (2 us each, not
+        # 5), most reads are of these alone, and SQLite gives up the interpreter lock at
+        # every step, so that busy threads trip over each other.
         self._young: list[_Row] = []
-        self._bytes = 0
+        self._bytes = 0  # of messages, and of the topics that have any
         self._topics: dict[str, _Topic] = {}
         self._topics_by_key: dict[int, _Topic] = {}
         self._keys = count()
@@ -541,9 +535,8 @@ class MessageStore:
         self, topic: str, bodies: list[bytes], origin: Origin | None = None
     ) -> tuple[int, _Topic | None]:
         """Stores all bodies or none; gives the id of the last, and the topic, if the
-        caller is to answer its readers. A put whose client and sequence were stored
-        before gives that id and nothing else. Raises QueueFull, and DSMQError for a put
-        that comes too late: its client has settled it."""
+        caller is to answer its readers. A put stored before gives its id and no more.
+        Raises QueueFull, and DSMQError for a put that its client has settled."""
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("the server has stopped")
@@ -569,7 +562,7 @@ class MessageStore:
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
-            # Each takes the putter 20 us; a crowd would keep it from its next request.
+            # Each takes the putter 20 us, which a crowd would keep from its next put.
             few = now >= entry.next_round and len(entry.waiters) <= 8
             if entry.waiters and not few:
                 self._call_round(entry)
@@ -592,7 +585,7 @@ class MessageStore:
         if len(self._recent) > 10_000:
             del self._recent[next(iter(self._recent))]
         if sequence <= before and not heads.get(sequence):
-            # Left on its way by an interrupt or a timeout, on a connection lost since.
+            # Left on its way, by an interrupt or a timeout.
             raise DSMQError(f"sequence {sequence} was settled before")
         heads.setdefault(sequence, 0)  # as to note it must not fail, once it is stored
         if len(heads) > 64:
@@ -604,9 +597,9 @@ class MessageStore:
     def get(
         self, topic: str, after: int, limit: int, room: int, wait: Waiter | None = None
     ) -> Batch:
-        """The oldest live messages with ids above `after`, as many as fit `limit` and
-        `room` (bytes, each with ID_BYTES), at least one if there is one. If there is
-        none, or a round to come, the `wait` for it begins, and nothing is given."""
+        """The oldest live messages after an id, as many as fit `limit` and `room`
+        (bytes, each with ID_BYTES), at least one if there is one. If there is none, or
+        a round to come, the `wait` for it begins, and nothing is given."""
         batch = EMPTY
         while len(batch.ids) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
@@ -627,7 +620,7 @@ class MessageStore:
         return batch
 
     def get_latest(self, topic: str, after: int) -> Batch:
-        """The newest live message with an id above `after`, or none."""
+        """The newest live message after an id, or none."""
         with self._lock:
             entry = self._topics.get(topic)
             after = max(after, entry.newest - 1) if entry else after
@@ -664,7 +657,7 @@ class MessageStore:
         return Batch(list(ids), list(bodies), times[0] - cutoff)
 
     def head_before(self, seconds: float) -> int:
-        """The newest id of those put longer ago than that; with 0 of all."""
+        """The newest id put longer ago than that; with 0 of all."""
         with self._lock:
             if not seconds or self._closed:
                 return self.head
@@ -757,8 +750,8 @@ class MessageStore:
             return bool(gone)
 
     def tidy(self) -> None:
-        """Frees the memory of puts too long ago to be repeated, and, once little is
-        left of much, that of SQLite, which keeps the pages of deleted rows."""
+        """Forgets puts too long ago to be repeated; once little is left of much, frees
+        the pages of deleted rows, which SQLite keeps."""
         with self._lock:
             oldest = time.monotonic() - max(self.time_to_live, REMEMBERED_SECONDS)
             while self._recent and next(iter(self._recent.values()))[0] < oldest:
@@ -787,8 +780,7 @@ class MessageStore:
         }
 
     def close(self) -> list[Waiter]:
-        """Frees the messages; gives the readers that still waited. May be called
-        again."""
+        """Frees the messages; gives the readers that still waited, once."""
         with self._lock:
             self._closed = True
             self._db.close()
@@ -2524,8 +2516,7 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
         if told:
             _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
         for topic in topics:
-            follow = partial(_follow, mq, topic, came)
-            threading.Thread(target=follow, daemon=True).start()
+            _thread.start_new_thread(_follow, (mq, topic, came))
         seen, end = 0, time.monotonic() + timeout
         while seen < count and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
