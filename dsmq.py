@@ -550,28 +550,27 @@ class MessageStore:
             if used + cost > self.max_bytes:
                 text = f"{self._bytes} of max_bytes {self.max_bytes} are in use"
                 raise QueueFull(f"no room for {cost} bytes: {text}")
+            # Each takes the putter 20 us, which a crowd would keep from its next put.
+            few = now >= entry.next_round and len(entry.waiters) <= 8
+            if entry.waiters and not few:
+                self._call_round(entry)
             rows = list(zip(count(first), repeat(entry.key), repeat(now), bodies))
             if len(rows) + len(self._young) > 32 or cost > 4096:
                 self._insert(rows)
             else:
                 self._young += rows
-            self.head += len(bodies)
-            # If memory runs out here, these rows are nobody's.
+            self.head += len(bodies)  # if memory runs out now, the rows are nobody's
             self._topics_by_key[entry.key] = self._topics[topic] = entry
             entry.newest, entry.messages = self.head, entry.messages + len(bodies)
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
-            # Each takes the putter 20 us, which a crowd would keep from its next put.
-            few = now >= entry.next_round and len(entry.waiters) <= 8
-            if entry.waiters and not few:
-                self._call_round(entry)
             return self.head, entry if entry.waiters and few else None
 
     def _insert(self, rows: list[_Row]) -> None:
         """Writes the young rows and these to the database, all or none."""
         if rows or self._young:
-            with self._db:
+            with self._db:  # commits or rolls back
                 sql = "INSERT INTO messages VALUES (?, ?, ?, ?)"
                 self._db.executemany(sql, self._young + rows)
             self._young.clear()
@@ -2568,7 +2567,7 @@ def _shutdown(**where: Any) -> None:
 
 
 def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
-    """Measures a server of its own, or the one at --host and --port, in us a call."""
+    """Measures a server of its own, or the one at --host and --port, in us."""
     from timeit import timeit
 
     _check_number("count", count, 1, sys.maxsize, whole=True)
