@@ -474,7 +474,6 @@ class _Topic:
         self.newest = 0  # id; answers a reader that has everything without SQL
         self.messages = 0
         self.bytes = 400 + len(name.encode())  # measured
-        self.waiters: dict[Waiter, int] = {}  # in order; after which id each reads
         self.next_round = 0.0  # before this time its waiters are not answered again
         self.round_due = False  # it is in `rounds`
 
@@ -521,10 +520,12 @@ class MessageStore:
         # 5), most reads are of these alone, and SQLite gives up the interpreter lock at
         # every step, so that busy threads trip over each other.
         self._young: list[_Row] = []
-        self._bytes = 0  # of messages, and of the topics that have any
-        self._topics: dict[str, _Topic] = {}
+        self._bytes = 0
+        self._topics: dict[str, _Topic] = {}  # that have messages
         self._topics_by_key: dict[int, _Topic] = {}
         self._keys = count()
+        # By topic those who wait, in order, and after which id each reads.
+        self._waiters: dict[str, dict[Waiter, int]] = {}
         # By client, the latest to put last: when, what it settled, heads by sequence.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
         self._closed = False
@@ -551,8 +552,9 @@ class MessageStore:
                 text = f"{self._bytes} of max_bytes {self.max_bytes} are in use"
                 raise QueueFull(f"no room for {cost} bytes: {text}")
             # Each takes the putter 20 us, which a crowd would keep from its next put.
-            few = now >= entry.next_round and len(entry.waiters) <= 8
-            if entry.waiters and not few:
+            waiters = self._waiters.get(topic, ())
+            few = now >= entry.next_round and len(waiters) <= 8
+            if waiters and not few:
                 self._call_round(entry)
             rows = list(zip(count(first), repeat(entry.key), repeat(now), bodies))
             if len(rows) + len(self._young) > 32 or cost > 4096:
@@ -565,7 +567,7 @@ class MessageStore:
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
-            return self.head, entry if entry.waiters and few else None
+            return self.head, entry if waiters and few else None
 
     def _insert(self, rows: list[_Row]) -> None:
         """Writes the young rows and these to the database, all or none."""
@@ -674,15 +676,15 @@ class MessageStore:
     # Readers that wait
 
     def _begins_to_wait(self, waiter: Waiter, found: Batch) -> bool:
-        entry = self._topics.get(waiter.topic) or _Topic(waiter.topic, next(self._keys))
-        if found.ids:
+        entry = self._topics.get(waiter.topic)
+        if entry and found.ids:
             if time.monotonic() >= entry.next_round:
                 return False
             self._call_round(entry)
-        self._topics_by_key[entry.key] = self._topics[entry.name] = entry
         # Those for whom there is nothing are all at the same place, and read once.
         ahead = found.ids or waiter.after > self.head
-        entry.waiters[waiter] = waiter.after if ahead else entry.newest
+        place = waiter.after if ahead else entry.newest if entry else 0
+        self._waiters.setdefault(waiter.topic, {})[waiter] = place
         return True
 
     def _call_round(self, entry: _Topic) -> None:
@@ -696,7 +698,8 @@ class MessageStore:
         found: dict[tuple[int, int, int], Batch] = {}  # most ask for the same
         with self._lock:
             entry.round_due, entry.next_round = False, time.monotonic() + 0.002
-            for waiter, after in entry.waiters.items():
+            waiters = self._waiters.get(entry.name, {})
+            for waiter, after in waiters.items():
                 place = after, waiter.limit, waiter.room
                 if place not in found:
                     found[place] = self._read(entry, *place)
@@ -704,21 +707,13 @@ class MessageStore:
                     ready.append((waiter, found[place]))
             # Not before all is read: one taken out, as memory ran out, had no answer.
             for waiter, _ in ready:
-                del entry.waiters[waiter]
+                del waiters[waiter]
         return ready
 
     def end_wait(self, waiter: Waiter) -> bool:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
-            entry = self._topics.get(waiter.topic)
-            if entry is None or entry.waiters.pop(waiter, None) is None:
-                return False
-            self._forget_if_unused(entry)
-            return True
-
-    def _forget_if_unused(self, entry: _Topic) -> None:
-        if not entry.messages and not entry.waiters:
-            del self._topics[entry.name], self._topics_by_key[entry.key]
+            return self._waiters.get(waiter.topic, {}).pop(waiter, None) is not None
 
     # Expiry and accounts
 
@@ -745,13 +740,14 @@ class MessageStore:
                     self._bytes -= cost
                     if not entry.messages:
                         self._bytes -= entry.bytes
-                        self._forget_if_unused(entry)
+                        del self._topics[entry.name], self._topics_by_key[key]
             return bool(gone)
 
     def tidy(self) -> None:
-        """Forgets puts too long ago to be repeated; once little is left of much, frees
-        the pages of deleted rows, which SQLite keeps."""
+        """Forgets where nobody waits any more, and puts too long ago to be repeated;
+        once little is left of much, frees the pages that SQLite keeps."""
         with self._lock:
+            self._waiters = {t: some for t, some in self._waiters.items() if some}
             oldest = time.monotonic() - max(self.time_to_live, REMEMBERED_SECONDS)
             while self._recent and next(iter(self._recent.values()))[0] < oldest:
                 del self._recent[next(iter(self._recent))]
@@ -775,7 +771,7 @@ class MessageStore:
             "bytes": size,
             "time_to_live": self.time_to_live,
             "max_bytes": self.max_bytes,
-            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics if m},
+            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics},
         }
 
     def close(self) -> list[Waiter]:
@@ -783,9 +779,8 @@ class MessageStore:
         with self._lock:
             self._closed = True
             self._db.close()
-            waiters = [w for t in self._topics.values() for w in t.waiters]
-            for entry in self._topics.values():
-                entry.waiters.clear()
+            waiters = [w for some in self._waiters.values() for w in some]
+            self._waiters.clear()
             self._topics.clear()
             return waiters
 
@@ -2567,7 +2562,7 @@ def _shutdown(**where: Any) -> None:
 
 
 def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
-    """Measures a server of its own, or the one at --host and --port, in us."""
+    """Measures a server of its own, or the one at --host and --port."""
     from timeit import timeit
 
     _check_number("count", count, 1, sys.maxsize, whole=True)
@@ -2639,8 +2634,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "version": {"action": "version", "version": f"dsmq {__version__}"},
 }
 _LIMITS = "time-to-live max-bytes max-frame-bytes max-clients certfile keyfile"
-# What runs, its words, and the options that, if given, it gets by name or passes on,
-# besides those all commands have.
+# What runs, its words, and its options beside those of all; it gets those given.
 _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "": (demo, "", "version"),
     "serve": (_serve, "", _LIMITS),

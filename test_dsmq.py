@@ -221,8 +221,7 @@ class Server:
 
 def eventually_waiting(server: Server, topic: str, count: int = 1) -> None:
     """Waits until so many readers wait for a message on the topic."""
-    topics: dict[str, Any] = server.store._topics
-    eventually(lambda: len(topics[topic].waiters if topic in topics else ()) == count)
+    eventually(lambda: len(server.store._waiters.get(topic, ())) == count)
 
 
 @pytest.fixture
