@@ -111,11 +111,9 @@ MAX_PUT_MESSAGES = 100_000  # stored in one go, in which others wait: 0.2 s
 MAX_CLIENTS = 10_000  # connections, a thread each
 MAX_TOPIC_CHARACTERS = 1000
 MAX_INTEGER = (1 << 63) - 1  # SQLite's, and most other languages' widest
-# What a stored message takes in memory beside its text (row, index; measured 65 to 75
-# bytes), and what a topic takes beside its name: both count towards max_bytes, so that
-# a flood of empty messages is bounded too.
+# Memory of a message beside its text (row and index, measured: 65 to 75). It counts
+# towards max_bytes, as do topics, so that a flood of empty messages is bounded too.
 MESSAGE_OVERHEAD_BYTES = 72
-TOPIC_OVERHEAD_BYTES = 400
 
 STALL_SECONDS = 30.0  # a peer silent inside a frame, or not reading, is dropped
 LINGER_SECONDS = 1.0  # a refused peer gets this long to read why
@@ -442,13 +440,13 @@ class Batch(NamedTuple):
 
 
 class Waiter(NamedTuple):
-    """A reader that waits for a topic's next message. Whoever takes it out of the store
-    (a put, a round, the end of its wait, stopping) owes it the answer."""
+    """A reader that waits. Whoever takes it out of the store (a put, a round, the end
+    of its wait, stopping) owes it the answer."""
 
     topic: str
     after: int
     limit: int
-    room_bytes: int
+    room: int
     end: float = math.inf  # of its wait, a monotonic time
     connection: Any = None  # the server's, to answer it on
 
@@ -458,73 +456,60 @@ class _Topic:
         self.name = name
         self.key = key  # stands for the name in every row and index entry
         self.newest = 0  # id; answers a reader that has everything without SQL
-        self.gap = 0, 0  # from the first of these ids to the second the topic has none
         self.messages = 0
-        self.bytes = TOPIC_OVERHEAD_BYTES + len(name.encode())
-        self.waiters: dict[Waiter, None] = {}  # a set that keeps order
-        self.next_round = 0.0  # its waiters are not answered again before this time
+        self.bytes = 400 + len(name.encode())  # measured
+        self.next_round = 0.0  # before this time its waiters are not answered again
         self.round_due = False  # it is in `rounds`
 
 
 EMPTY = Batch([], [], 0.0)
 _Row = tuple[int, int, float, bytes]  # id, topic's key, when it was put, body
-# Where a put comes from, so that it is stored once, and not after later ones: the
-# client's name, its number for this put, and up to which number it expects no more.
+# Of a put: the client's name, its number, and up to which number no more shall come.
 Origin = tuple[str, int, int]
 
 
 class MessageStore:
     """Topics of messages, which are opaque bytes here; all semantics but the cursors.
 
-    Ids are contiguous over all topics: the rows are exactly those with ids from
-    `_purged + 1` to `_head`, in the order of their age. So the oldest go first, and the
-    boundary between expired and live is found by bisection.
+    The rows are those with ids from `_purged + 1` to `head`, none left out, in the
+    order of their age. So the oldest go first, and bisection finds which have expired.
 
     Readers that wait are answered by the putter, if they are few. Then their topic
-    rests for four times as long as that took, 2 ms at most: who asks again meanwhile
-    waits for the next round, though something is there, so that a fast writer does not
-    wake every reader for every message. (From one writer to eight readers 51,000 a
-    second, without it 20,000; at 500 a second each message goes out at once.)
+    rests for four times as long as that took, 2 ms at most: who asks meanwhile waits
+    for the next round, though something is there, so that a fast writer does not wake
+    every reader for every message. (From one writer to eight readers 51,000 a second,
+    without it 20,000; at 500 a second each message goes out at once.)
     """
 
-    def __init__(
-        self,
-        time_to_live: float,
-        max_bytes: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.time_to_live = time_to_live
-        self.max_bytes = max_bytes
-        # Topics whose readers are to be answered at the time of their next round.
+    def __init__(self, time_to_live: float, max_bytes: int) -> None:
+        self.time_to_live, self.max_bytes = time_to_live, max_bytes
+        # Topics with readers to answer at their next round; None at the end.
         self.rounds: queue.SimpleQueue[_Topic | None] = queue.SimpleQueue()
-        self._clock = clock
         self._lock = threading.Lock()  # guards everything below
         import sqlite3  # which only a server needs
 
-        # Any thread may use it, under the lock. Autocommit: put begins its own
-        # transactions. The journal stays on, in memory (0.7 us a put): without it a
-        # statement that runs out of memory half-way leaves a broken database.
-        options: dict[str, Any] = {"check_same_thread": False, "isolation_level": None}
-        self._db = sqlite3.connect(":memory:", **options)
+        # The journal stays on, in memory (0.7 us a put): without it a statement that
+        # runs out of memory half-way leaves a broken database.
+        self._db = sqlite3.connect(":memory:", check_same_thread=False)
         # Bodies are last in the row and the index holds none of them, so long messages
         # do not slow their neighbours. The index ends with the id, as all do.
-        self._db.execute(
-            "CREATE TABLE messages (id INTEGER PRIMARY KEY, topic INTEGER NOT NULL,"
-            " put_at REAL NOT NULL, body BLOB NOT NULL)"
-        )
+        columns = "id INTEGER PRIMARY KEY, topic, put_at, body"
+        self._db.execute(f"CREATE TABLE messages ({columns})")
         self._db.execute("CREATE INDEX by_topic ON messages (topic)")
-        # The one look at the wall clock. Microseconds, because ids then grow more
-        # slowly than the clock does, so a restarted server starts above them, and stay
-        # below 2**53, where JavaScript's integers end, for two centuries.
-        self.head = self._purged = time.time_ns() // 1000  # the newest id
-        # The newest rows, which are still to be inserted: together they cost less (2
-        # instead of 5 us each), most reads are of these alone, and SQLite gives up the
-        # interpreter lock at every step, so that busy threads trip over each other.
+        # The newest id. Microseconds, for ids grow more slowly than they do, so that a
+        # restarted server starts above them, and stay below 2**53, where JavaScript's
+        # integers end, for two centuries.
+        self.head = self._purged = time.time_ns() // 1000
+        # The newest rows, still to be inserted: together they cost less (2 us each, not
+        # 5), most reads are of these alone, and SQLite gives up the interpreter lock at
+        # every step, so that busy threads trip over each other.
         self._young: list[_Row] = []
         self._bytes = 0
-        self._topics: dict[str, _Topic] = {}
+        self._topics: dict[str, _Topic] = {}  # that have messages
         self._topics_by_key: dict[int, _Topic] = {}
-        self._last_key = 0
+        self._keys = count()
+        # By topic those who wait, in order, and after which id each reads.
+        self._waiters: dict[str, dict[Waiter, int]] = {}
         # By client, the latest to put last: when, what it settled, heads by sequence.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
         self._closed = False
@@ -535,115 +520,81 @@ class MessageStore:
         self, topic: str, bodies: list[bytes], origin: Origin | None = None
     ) -> tuple[int, _Topic | None]:
         """Stores all bodies or none; gives the id of the last, and the topic, if the
-        caller is to answer its readers. A put whose client and sequence were stored
-        before gives that id and nothing else. Raises QueueFull, and DSMQError for a put
-        that comes too late: its client has settled it."""
+        caller is to answer its readers. A put stored before gives its id and no more.
+        Raises QueueFull, and DSMQError for a put that its client has settled."""
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("the server has stopped")
-            now, first = self._clock(), self.head + 1
+            now, first = time.monotonic(), self.head + 1
             heads = self._heads(origin, now) if origin else {}
-            if origin and origin[1] in heads:
+            if origin and heads[origin[1]]:
                 return heads[origin[1]], None
-            entry = self._topics.get(topic) or _Topic(topic, self._last_key + 1)
+            entry = self._topics.get(topic) or _Topic(topic, next(self._keys))
             cost = sum(map(len, bodies)) + MESSAGE_OVERHEAD_BYTES * len(bodies)
             used = self._bytes + (0 if entry.messages else entry.bytes)
             if used + cost > self.max_bytes:
                 text = f"{self._bytes} of max_bytes {self.max_bytes} are in use"
                 raise QueueFull(f"no room for {cost} bytes: {text}")
+            # Each takes the putter 20 us, which a crowd would keep from its next put.
+            waiters = self._waiters.get(topic, ())
+            few = now >= entry.next_round and len(waiters) <= 8
+            if waiters and not few:
+                self._call_round(entry)
             rows = list(zip(count(first), repeat(entry.key), repeat(now), bodies))
             if len(rows) + len(self._young) > 32 or cost > 4096:
                 self._insert(rows)
             else:
                 self._young += rows
-            self._count(entry, len(bodies), cost)
-            if not entry.round_due:  # else most wait at the first gap of the round
-                entry.gap = entry.newest, first - 1
-            self.head = entry.newest = first + len(bodies) - 1
+            self.head += len(bodies)  # if memory runs out now, the rows are nobody's
+            self._topics_by_key[entry.key] = self._topics[topic] = entry
+            entry.newest, entry.messages = self.head, entry.messages + len(bodies)
+            entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
-            # Each takes the putter 20 us; a crowd would keep it from its next request.
-            few = now >= entry.next_round and len(entry.waiters) <= 8
-            if entry.waiters and not few:
-                self._call_round(entry)
-            return self.head, entry if entry.waiters and few else None
+            return self.head, entry if waiters and few else None
 
     def _insert(self, rows: list[_Row]) -> None:
         """Writes the young rows and these to the database, all or none."""
-        if not rows and not self._young:
-            return
-        self._db.execute("BEGIN")
-        try:
-            sql = "INSERT INTO messages VALUES (?, ?, ?, ?)"
-            self._db.executemany(sql, self._young + rows)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:  # out of memory, SQLite may have ended it
-                self._db.execute("ROLLBACK")
-            raise
-        self._young.clear()
-
-    def _count(self, entry: _Topic, messages: int, cost_bytes: int) -> None:
-        """Adds to the accounts (or takes from them) of a topic and of the whole."""
-        if entry.messages == 0:
-            self._bytes += entry.bytes
-            self._enter(entry)
-        entry.messages += messages
-        entry.bytes += cost_bytes
-        self._bytes += cost_bytes
-        if entry.messages == 0:
-            self._bytes -= entry.bytes
-            self._forget_if_unused(entry)
-
-    def _enter(self, entry: _Topic) -> None:
-        self._last_key = max(self._last_key, entry.key)
-        self._topics[entry.name] = self._topics_by_key[entry.key] = entry
-
-    def _forget_if_unused(self, entry: _Topic) -> None:
-        if not entry.messages and not entry.waiters:
-            del self._topics[entry.name], self._topics_by_key[entry.key]
+        if rows or self._young:
+            with self._db:  # commits or rolls back
+                sql = "INSERT INTO messages VALUES (?, ?, ?, ?)"
+                self._db.executemany(sql, self._young + rows)
+            self._young.clear()
 
     def _heads(self, origin: Origin, now: float) -> dict[int, int]:
-        """The heads of a client's latest puts by sequence, to look for this one's and
-        to note it there."""
+        """The heads of a client's latest puts by sequence; 0 for one not yet stored."""
         client, sequence, settled = origin
         _, before, heads = self._recent.pop(client, (0.0, settled, {}))
         self._recent[client] = now, max(settled, before), heads
-        if sequence <= before and sequence not in heads:
-            # Left on its way by an interrupt or a timeout, on a connection lost since.
-            raise DSMQError(f"sequence {sequence} was settled before")
-        # Bounded, whatever clients do: 64 puts of each, 10,000 clients.
-        if len(heads) >= 64 and sequence not in heads:
-            del heads[next(iter(heads))]
+        # Bounded, whatever clients do: 10,000 of them, 64 puts of each.
         if len(self._recent) > 10_000:
             del self._recent[next(iter(self._recent))]
+        if sequence <= before and not heads.get(sequence):
+            # Left on its way, by an interrupt or a timeout.
+            raise DSMQError(f"sequence {sequence} was settled before")
+        heads.setdefault(sequence, 0)  # as to note it must not fail, once it is stored
+        if len(heads) > 64:
+            del heads[next(iter(heads))]
         return heads
 
     # Reading
 
     def get(
-        self,
-        topic: str,
-        after: int,
-        limit: int,
-        room_bytes: int,
-        waiter: Waiter | None = None,
+        self, topic: str, after: int, limit: int, room: int, wait: Waiter | None = None
     ) -> Batch:
-        """The oldest live messages with ids above `after`, as many as fit `limit` and
-        `room_bytes` (each with ID_BYTES), at least one if there is one. If there is
-        none, or a round to come, `waiter` waits for that, and nothing is given."""
+        """The oldest live messages after an id, as many as fit `limit` and `room`
+        (bytes, each with ID_BYTES), at least one if there is one. If there is none, or
+        a round to come, the `wait` for it begins, and nothing is given."""
         batch = EMPTY
         while len(batch.ids) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
             with self._lock:
-                self._check_open()
-                entry, more = self._topics.get(topic), EMPTY
-                if entry and entry.newest > after:
-                    more = self._read(entry, after, limit - len(batch.ids), room_bytes)
-                if waiter and not batch.ids and self._begins_to_wait(waiter, more):
+                entry = self._topics.get(topic)
+                more = self._read(entry, after, limit - len(batch.ids), room)
+                if wait and not batch.ids and self._begins_to_wait(wait, more):
                     return EMPTY
-            room_bytes -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
-            if not more.ids or (batch.ids and room_bytes < 0):
+            room -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
+            if not more.ids or (batch.ids and room < 0):
                 break
             if batch.ids:
                 batch.ids.extend(more.ids)
@@ -653,78 +604,71 @@ class MessageStore:
             after = more.ids[-1]
         return batch
 
-    def _check_open(self) -> None:
+    def get_latest(self, topic: str, after: int) -> Batch:
+        """The newest live message after an id, or none."""
+        with self._lock:
+            entry = self._topics.get(topic)
+            after = max(after, entry.newest - 1) if entry else after
+            return self._read(entry, after, 1, 0)
+
+    def _read(self, entry: _Topic | None, after: int, limit: int, room: int) -> Batch:
+        """One step's worth of a topic's live messages; at least one if there is one."""
         if self._closed:
             raise ConnectionAbortedError("the server has stopped")
-
-    def get_latest(self, topic: str, after: int) -> Batch:
-        """The newest live message with an id above `after`, or none."""
-        with self._lock:
-            self._check_open()
-            entry = self._topics.get(topic)
-            if entry is None or entry.newest <= after:
-                return EMPTY
-            return self._read(entry, entry.newest - 1, 1, 0)
-
-    def _read(self, entry: _Topic, after: int, limit: int, room_bytes: int) -> Batch:
-        """One step's worth of a topic's live messages."""
-        cutoff = self._clock() - self.time_to_live
-        limit, room_bytes = min(limit, STEP_MESSAGES), min(room_bytes, STEP_BYTES)
-        rows = self._select(entry, after, limit, room_bytes)
-        # Rows are in the order of their age, so only the first needs a look.
-        if rows and rows[0][2] <= cutoff:
-            after = max(after, self._newest_by(cutoff, bisect.bisect_right))
-            rows = self._select(entry, after, limit, room_bytes)
-        if not rows:
+        if entry is None or entry.newest <= after:
             return EMPTY
-        ids, bodies, times = zip(*rows)
+        cutoff = time.monotonic() - self.time_to_live
+        limit, left = min(limit, STEP_MESSAGES), min(room, STEP_BYTES)
+        newer, key = self.head - after, entry.key
+        rows: Iterable[tuple[int, float, bytes]]
+        if newer <= len(self._young):
+            young = self._young[-newer:]
+            rows = [(i, at, b) for i, k, at, b in young if k == key][:limit]
+        else:
+            self._insert([])
+            sql = "SELECT id, put_at, body FROM messages WHERE topic = ? AND id > ?"
+            rows = self._db.execute(sql + " ORDER BY id LIMIT ?", (key, after, limit))
+        found: list[tuple[int, float, bytes]] = []
+        for row in rows:
+            left -= len(row[2]) + ID_BYTES
+            if left < 0 and found:
+                break
+            found.append(row)
+        if not found:
+            return EMPTY
+        if found[0][1] <= cutoff:  # of the younger ones some may live
+            return self._read(entry, self._newest_by(cutoff), limit, room)
+        ids, times, bodies = zip(*found)
         return Batch(list(ids), list(bodies), times[0] - cutoff)
 
-    def _select(
-        self, entry: _Topic, after: int, limit: int, room_bytes: int
-    ) -> list[tuple[int, bytes, float]]:
-        """The rows that fit, at least one if there is one."""
-        newer, key = self.head - after, entry.key
-        if newer <= len(self._young):
-            rows = [(i, b, at) for i, k, at, b in self._young[-newer:] if k == key]
-            return _fitting(rows[:limit], room_bytes)
-        self._insert([])
-        cursor = self._db.execute(
-            "SELECT id, body, put_at FROM messages WHERE topic = :topic AND id > :after"
-            " ORDER BY id LIMIT :limit",
-            {"topic": key, "after": after, "limit": limit},
-        )
-        with contextlib.closing(cursor):  # left half-way it would be in a DELETE's way
-            return _fitting(cursor, room_bytes)
-
     def head_before(self, seconds: float) -> int:
-        """The newest id of those put longer ago than that; with 0 of all."""
+        """The newest id put longer ago than that; with 0 of all."""
         with self._lock:
-            self._check_open()
-            if not seconds:
+            if not seconds or self._closed:
                 return self.head
-            return self._newest_by(self._clock() - seconds, bisect.bisect_left)
+            begin = time.monotonic() - seconds
+            return self._newest_by(math.nextafter(begin, -math.inf))
 
-    def _newest_by(self, time_: float, side: Callable[..., int]) -> int:
-        """The newest id put before a time; with bisect_right also at that time."""
+    def _newest_by(self, time_: float) -> int:
+        """The newest id put at a time or before; by bisection, as rows are by age."""
         self._insert([])
         ids = range(self._purged + 1, self.head + 1)
         ask, sql = self._db.execute, "SELECT put_at FROM messages WHERE id = ?"
-        place = side(ids, time_, key=lambda id_: ask(sql, (id_,)).fetchone()[0])
-        return self._purged + place
+        found = bisect.bisect_right(ids, time_, key=lambda i: next(ask(sql, (i,)))[0])
+        return self._purged + found
 
     # Readers that wait
 
     def _begins_to_wait(self, waiter: Waiter, found: Batch) -> bool:
         entry = self._topics.get(waiter.topic)
-        if entry is None:
-            entry = _Topic(waiter.topic, self._last_key + 1)
-            self._enter(entry)
-        if found.ids:
-            if self._clock() >= entry.next_round:
+        if entry and found.ids:
+            if time.monotonic() >= entry.next_round:
                 return False
             self._call_round(entry)
-        entry.waiters[waiter] = None
+        # Those for whom there is nothing are all at the same place, and read once.
+        ahead = found.ids or waiter.after > self.head
+        place = waiter.after if ahead else entry.newest if entry else 0
+        self._waiters.setdefault(waiter.topic, {})[waiter] = place
         return True
 
     def _call_round(self, entry: _Topic) -> None:
@@ -737,61 +681,58 @@ class MessageStore:
         ready = []
         found: dict[tuple[int, int, int], Batch] = {}  # most ask for the same
         with self._lock:
-            entry.round_due, entry.next_round = False, self._clock() + 0.002
-            for waiter in entry.waiters:
-                # One whose `after` is above the newest id waits for later messages.
-                if waiter.after < entry.newest:
-                    # Wherever it began to wait in the gap, it reads the same.
-                    low, high = entry.gap
-                    after = high if low <= waiter.after <= high else waiter.after
-                    place = after, waiter.limit, waiter.room_bytes
-                    if place not in found:
-                        found[place] = self._read(entry, *place)
-                    if found[place].ids:  # or all have expired
-                        ready.append((waiter, found[place]))
+            entry.round_due, entry.next_round = False, time.monotonic() + 0.002
+            waiters = self._waiters.get(entry.name, {})
+            for waiter, after in waiters.items():
+                place = after, waiter.limit, waiter.room
+                if place not in found:
+                    found[place] = self._read(entry, *place)
+                if found[place].ids:  # or all have expired, or it waits for later ones
+                    ready.append((waiter, found[place]))
             # Not before all is read: one taken out, as memory ran out, had no answer.
             for waiter, _ in ready:
-                del entry.waiters[waiter]
+                del waiters[waiter]
         return ready
 
     def end_wait(self, waiter: Waiter) -> bool:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
-            entry = self._topics.get(waiter.topic)
-            if entry is None or waiter not in entry.waiters:
-                return False
-            del entry.waiters[waiter]
-            self._forget_if_unused(entry)
-            return True
+            return self._waiters.get(waiter.topic, {}).pop(waiter, None) is not None
 
     # Expiry and accounts
 
     def purge(self) -> bool:
         """Frees the oldest expired messages, a step's worth; whether there were any."""
         with self._lock:
-            self._insert([])
-            cutoff, room_bytes = self._clock() - self.time_to_live, STEP_BYTES
-            sql = "SELECT id, topic, put_at, length(body) FROM messages ORDER BY id"
-            gone: list[tuple[int, int, int]] = []
-            with contextlib.closing(self._db.execute(sql)) as rows:
-                for id_, key, put_at, size in rows:
-                    if put_at > cutoff or room_bytes <= 0 or len(gone) >= STEP_MESSAGES:
-                        break
-                    gone.append((id_, key, size + MESSAGE_OVERHEAD_BYTES))
-                    room_bytes -= size
-            if gone:
-                sql = "DELETE FROM messages WHERE id <= ?"
-                self._db.execute(sql, gone[-1][:1])
-                self._purged = gone[-1][0]
-                for _, key, cost in gone:
-                    self._count(self._topics_by_key[key], -1, -cost)
+            last = self._newest_by(time.monotonic() - self.time_to_live)
+            sql = "SELECT topic, length(body) FROM messages WHERE id <= ? ORDER BY id"
+            gone, room = [], STEP_BYTES
+            for key, size in self._db.execute(sql + " LIMIT ?", (last, STEP_MESSAGES)):
+                gone.append((key, size + MESSAGE_OVERHEAD_BYTES))
+                room -= size
+                if room <= 0:
+                    break
+            last = self._purged + len(gone)
+            with self._db:
+                self._db.execute("DELETE FROM messages WHERE id <= ?", (last,))
+            self._purged = last
+            for key, cost in gone:
+                entry = self._topics_by_key.get(key)
+                if entry and entry.messages:
+                    entry.messages -= 1
+                    entry.bytes -= cost
+                    self._bytes -= cost
+                    if not entry.messages:
+                        self._bytes -= entry.bytes
+                        del self._topics[entry.name], self._topics_by_key[key]
             return bool(gone)
 
     def tidy(self) -> None:
-        """Frees the memory of puts too long ago to be repeated, and, once little is
-        left of much, that of SQLite, which keeps the pages of deleted rows."""
+        """Forgets where nobody waits any more, and puts too long ago to be repeated;
+        once little is left of much, frees the pages that SQLite keeps."""
         with self._lock:
-            oldest = self._clock() - max(self.time_to_live, REMEMBERED_SECONDS)
+            self._waiters = {t: some for t, some in self._waiters.items() if some}
+            oldest = time.monotonic() - max(self.time_to_live, REMEMBERED_SECONDS)
             while self._recent and next(iter(self._recent.values()))[0] < oldest:
                 del self._recent[next(iter(self._recent))]
             free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]
@@ -814,33 +755,18 @@ class MessageStore:
             "bytes": size,
             "time_to_live": self.time_to_live,
             "max_bytes": self.max_bytes,
-            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics if m},
+            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics},
         }
 
     def close(self) -> list[Waiter]:
-        """Frees the messages; gives the readers that still waited. May be called
-        again."""
+        """Frees the messages; gives the readers that still waited, once."""
         with self._lock:
             self._closed = True
             self._db.close()
-            waiters = [w for t in self._topics.values() for w in t.waiters]
-            for entry in self._topics.values():
-                entry.waiters.clear()
+            waiters = [w for some in self._waiters.values() for w in some]
+            self._waiters.clear()
             self._topics.clear()
             return waiters
-
-
-def _fitting(
-    rows: Iterable[tuple[int, bytes, float]], room_bytes: int
-) -> list[tuple[int, bytes, float]]:
-    """The first rows that fit; at least one if there is one."""
-    fitting: list[tuple[int, bytes, float]] = []
-    for row in rows:
-        room_bytes -= len(row[1]) + ID_BYTES
-        if room_bytes < 0 and fitting:
-            break
-        fitting.append(row)
-    return fitting
 
 
 # ---------------------------------------------------------------------------- server
@@ -2428,17 +2354,13 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
     _check_number("timeout", timeout, 0, math.inf)
     if sys.stdout is None:
         raise ValueError("standard output is closed")
-    host, port = where.get("host", DEFAULT_HOST), where.get("port", DEFAULT_PORT)
-    # A URL has its port in it, and may have a password.
-    place = host.rpartition("@")[2] if "://" in host else f"{host}:{port}"
     _show_log()  # a lost server is told of
     came: queue.Queue[Any] = queue.Queue(100)  # so readers wait for a slow terminal
     with connect(**where) as mq:
         if told:
-            _log.info("watching %s at %s", ", ".join(topics), place)
+            _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
         for topic in topics:
-            follow = partial(_follow, mq, topic, came)
-            threading.Thread(target=follow, daemon=True).start()
+            _thread.start_new_thread(_follow, (mq, topic, came))
         seen, end = 0, time.monotonic() + timeout
         while seen < count and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -2458,8 +2380,7 @@ def _follow(mq: DSMQClientSideConnection, topic: str, came: Any) -> None:
     """Passes on a topic's messages, through restarts of the server, to the end."""
     while not mq.closed:
         try:
-            for message in mq.listen(topic):
-                came.put((topic, message))
+            came.put((topic, mq.get_wait(topic, math.inf)))
         except OSError as error:
             if not mq.closed:
                 _log.warning("%s; trying again", error)
@@ -2476,8 +2397,7 @@ def _stats(as_json: bool = False, **where: Any) -> None:
     if as_json:
         _say(json.dumps(stats))
         return
-    topics = stats.pop("topics")
-    stats["uptime"] = int(stats["uptime"])
+    topics, stats["uptime"] = stats.pop("topics"), int(stats["uptime"])
     _say(*(f"{name:<14}{value}" for name, value in stats.items()), "")
     _say(f"{'topic':<30}{'messages':>12}{'bytes':>14}")
     for topic, one in topics.items():
@@ -2493,49 +2413,47 @@ def _shutdown(**where: Any) -> None:
 
 def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
     """Measures a server of its own, or the one at --host and --port."""
+    from timeit import timeit
+
     _check_number("count", count, 1, sys.maxsize, whole=True)
-    if "host" not in where and "port" not in where:
+    if not where.keys() & {"host", "port"}:
         where = {"port": _free_port()}
         _start(serve, DEFAULT_HOST, where["port"])
+    topic, few, figures = f"bench {os.urandom(4).hex()} ", max(count // 20, 1), {}
     with connect(**where) as mq:
-        figures = dict(_figures(mq, count))
+        calls: list[tuple[Any, ...]] = [
+            ("put", count, mq.put, topic, "x"),
+            ("get, something there", count, mq.get, topic),
+            ("get, nothing there", count, mq.get, topic),
+            ("put_many of 100, a message", few, mq.put_many, topic, ["x"] * 100),
+            ("get_many of 100, a message", few, mq.get_many, topic),
+            ("put, 500 kB", few, mq.put, topic + "long", "x" * 500_000),
+            ("get, 500 kB", few, mq.get, topic + "long"),
+        ]
+        for name, times, call, *arguments in calls:
+            seconds = timeit(partial(call, *arguments), number=times) / times
+            figures[name] = seconds * 1e6 / (100 if "100" in name else 1)
+        _start(_read, mq, topic, count, partial(mq.put, topic + "back"))
+        mq.get_wait(topic + "ready")
+        ways = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            mq.put(topic, "x")
+            mq.get_wait(topic + "back")
+            ways.append(time.perf_counter() - begin)
+        figures["one way to another process, median"] = sorted(ways)[count // 2] / 2e-6
+        topic += "fan "
+        readers = [_start(_read, mq, topic, count, len) for _ in range(4)]
+        for _ in readers:
+            mq.get_wait(topic + "ready")
+        begin = time.perf_counter()
+        timeit(partial(mq.put, topic, "x"), number=count)
+        for reader in readers:
+            reader.join()
+        rate = 4 * count / (time.perf_counter() - begin)
+        figures["1 writer, 4 readers, deliveries/s"] = rate
     rows = [f"{name:<40} {figure:10,.1f}" for name, figure in figures.items()]
     _say(*[json.dumps(figures)] if as_json else rows)
-
-
-def _figures(mq: DSMQClientSideConnection, count: int) -> Iterator[tuple[str, float]]:
-    """Names and figures: microseconds, unless the name says otherwise."""
-    from timeit import repeat, timeit
-
-    def each(times: int, call: Callable[..., object], *arguments: Any) -> float:
-        return timeit(partial(call, *arguments), number=times) / times * 1e6
-
-    def trip() -> None:
-        mq.put(topic, "x")
-        mq.get_wait(topic + "back")
-
-    topic = f"bench {os.urandom(4).hex()} "
-    few, trips, hundred = max(count // 20, 1), max(count // 4, 1), ["x"] * 100
-    yield "put", each(count, mq.put, topic, "x")
-    yield "get, something there", each(count, mq.get, topic)
-    yield "get, nothing there", each(count, mq.get, topic)
-    yield "put_many of 100, a message", each(few, mq.put_many, topic, hundred) / 100
-    yield "get_many of 100, a message", each(few, mq.get_many, topic) / 100
-    yield "put, 500 kB", each(few, mq.put, topic + "long", "x" * 500_000)
-    yield "get, 500 kB", each(few, mq.get, topic + "long")
-    _start(_read, mq, topic, trips, partial(mq.put, topic + "back"))
-    mq.get_wait(topic + "ready")
-    ways = sorted(repeat(trip, number=1, repeat=trips))
-    yield "one way to another process, median", ways[trips // 2] / 2 * 1e6
-    topic += "fan "
-    readers = [_start(_read, mq, topic, count, len) for _ in range(4)]
-    for _ in readers:
-        mq.get_wait(topic + "ready")
-    begin = time.monotonic()
-    each(count, mq.put, topic, "x")
-    for reader in readers:
-        reader.join()
-    yield "1 writer, 4 readers, deliveries/s", 4 * count / (time.monotonic() - begin)
 
 
 def _read(mq: DSMQClientSideConnection, topic: str, count: int, use: Any) -> None:
@@ -2565,21 +2483,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "json": {**_FLAG, "dest": "as_json", "help": "for programs to read"},
     "version": {"action": "version", "version": f"dsmq {__version__}"},
 }
-_CLIENT = "host port secret-file tls "
-# What runs, its words, and the options that, if given, it gets by name or passes on.
+_LIMITS = "time-to-live max-bytes max-frame-bytes max-clients certfile keyfile"
+# What runs, its words, and its options beside those of all; it gets those given.
 _COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "": (demo, "", "version"),
-    "serve": (
-        _serve,
-        "",
-        "host port secret-file time-to-live max-bytes max-frame-bytes max-clients"
-        " certfile keyfile",
-    ),
-    "put": (_put, "TOPIC [MSG ...]", _CLIENT + "timeout"),
-    "watch": (_watch, "TOPIC ...", _CLIENT + "count timeout since json verbose"),
-    "stats": (_stats, "", _CLIENT + "timeout json"),
-    "shutdown": (_shutdown, "", _CLIENT + "timeout"),
-    "bench": (_bench, "", _CLIENT + "count json"),
+    "serve": (_serve, "", _LIMITS),
+    "put": (_put, "TOPIC [MSG ...]", "tls timeout"),
+    "watch": (_watch, "TOPIC ...", "tls count timeout since json verbose"),
+    "stats": (_stats, "", "tls timeout json"),
+    "shutdown": (_shutdown, "", "tls timeout"),
+    "bench": (_bench, "", "tls count json"),
 }
 
 
@@ -2590,12 +2503,12 @@ def _parsed(arguments: list[str]) -> Callable[[], None]:
     split = [*arguments, "--"].index("--")  # behind it nothing is an option
     name = next((word for word in arguments[:split] if word in _COMMANDS), "")
     run, words, flags = _COMMANDS[name]
-    shown = [(name, words)] if name else [(n, c[1]) for n, c in _COMMANDS.items()]
-    lines = (" ".join(f"dsmq {n} [options] {w}".split()) for n, w in shown)
-    usage = "\n       ".join(lines)
+    shown = [name] if name else _COMMANDS
+    lines = (f"dsmq {n} [options] {_COMMANDS[n][1]}".split() for n in shown)
+    usage = "\n       ".join(map(" ".join, lines))
     more = "HOST may also be the URL of a Redis, redis://..." if "tls" in flags else ""
     parser = argparse.ArgumentParser("dsmq", usage, run.__doc__, more)
-    for flag in flags.split():
+    for flag in (("host port secret-file " if name else "") + flags).split():
         parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **_OPTIONS[flag])
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(arguments[:split]))

@@ -194,8 +194,7 @@ class Server:
 
     def __init__(self, port: int = 0, tls: Path | None = None, **rest: Any):
         bounds = rest.pop("time_to_live", 600.0), rest.pop("max_bytes", 1 << 30)
-        # A test may replace time.monotonic later.
-        self.store = dsmq.MessageStore(*bounds, lambda: time.monotonic())
+        self.store = dsmq.MessageStore(*bounds)
         self.tls = tls
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -222,8 +221,7 @@ class Server:
 
 def eventually_waiting(server: Server, topic: str, count: int = 1) -> None:
     """Waits until so many readers wait for a message on the topic."""
-    topics: dict[str, Any] = server.store._topics
-    eventually(lambda: len(topics[topic].waiters if topic in topics else ()) == count)
+    eventually(lambda: len(server.store._waiters.get(topic, ())) == count)
 
 
 @pytest.fixture
@@ -600,13 +598,15 @@ Store = dsmq.MessageStore
 
 
 @pytest.fixture
-def clock() -> SimpleNamespace:
-    return SimpleNamespace(now=1000.0)  # moved on by the test
+def clock(monkeypatch: Patch) -> SimpleNamespace:
+    moved = SimpleNamespace(now=1000.0)  # by the test
+    monkeypatch.setattr(time, "monotonic", lambda: moved.now)
+    return moved
 
 
 @pytest.fixture
 def store(clock: Any) -> Iterator[Store]:
-    with contextlib.closing(Store(600.0, 4_000_000, lambda: float(clock.now))) as one:
+    with contextlib.closing(Store(600.0, 4_000_000)) as one:
         yield one
 
 
@@ -2678,7 +2678,8 @@ def test_watch_passes_since_on_and_shows_no_password(
     options = ["--host", "redis://me:hidden@there:6379/0", "--since", since]
     assert dsmq.main(["watch", "t", "--verbose", "--timeout", "0", *options]) == 0
     assert asked["since"] == float(since)
-    assert "watching t at there:6379/0" in caplog.text and "hidden" not in caplog.text
+    assert f"watching t at {HOST}:{server.port}" in caplog.text
+    assert "hidden" not in caplog.text
 
 
 @needs_signals
