@@ -2742,20 +2742,23 @@ def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> Non
     assert server.store.stats()["messages"] > 100
 
 
+# On a port of its own, as others may run the tests, too.
+DEMOS = [["dsmq.py"], ["demo.py", str(quiet_port())]]
+
+
 @needs_signals
 def test_a_demo_that_is_cut_short_leaves_nothing_running() -> None:
-    def cut(path: str, how: int) -> bytes:
+    def cut(command: list[str], how: int) -> bytes:
         demo: Any
-        command = [sys.executable, str(HERE / path)]
-        with subprocess.Popen(command, **PIPES, start_new_session=True) as demo:
+        options = {**PIPES, "cwd": HERE, "start_new_session": True}
+        with subprocess.Popen([sys.executable, *command], **options) as demo:
             while b"putter" not in demo.stdout.readline():
                 pass  # all have begun
             os.killpg(demo.pid, how) if how else demo.stdout.close()
             # Whoever is left would keep it open.
             return bytes(demo.communicate(timeout=PATIENCE_SECONDS)[1])
 
-    paths = "dsmq.py", "dsmq.py", "demo.py"
-    assert together(cut, paths, (2, 0, 2))[:2] == [b"", b""]
+    assert together(cut, [*DEMOS, DEMOS[0]], (2, 2, 0))[::2] == [b"", b""]
 
 
 def test_help_and_version() -> None:
@@ -2793,10 +2796,10 @@ def readme_blocks(language: str) -> list[str]:
 
 
 def test_the_demos_tell_their_story_and_readme_shows_it(tmp_path: Path) -> None:
-    def run(name: str) -> str:
+    def run(name: str, *port: str) -> str:
         code = (HERE / name).read_text("utf-8").replace("sleep(0.3)", "sleep(0)")
         (tmp_path / name).write_text(code, "utf-8")  # without the pauses
-        command = [sys.executable, name]
+        command = [sys.executable, name, *port]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == ""
         return done.stdout
@@ -2804,7 +2807,7 @@ def test_the_demos_tell_their_story_and_readme_shows_it(tmp_path: Path) -> None:
     def lines(text: str) -> list[str]:
         return sorted(re.sub(r":\d{4,5}", ":PORT", text).strip().splitlines())
 
-    told = together(run, ("dsmq.py", "demo.py"))
+    told = together(lambda command: run(*command), DEMOS)
     for out in told:
         for who in ("server", "putter", "getter A", "getter B", "stopped"):
             assert who in out
