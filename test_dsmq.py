@@ -91,11 +91,11 @@ def skip(reason: str) -> NoReturn:
 # --------------------------------------------------------------- waiting, and threads
 
 
-def eventually(true: Callable[[], bool]) -> None:
-    """Waits until it is true."""
-    end = time.monotonic() + PATIENCE_SECONDS
+def eventually(true: Callable[[], bool], now: Any = time.monotonic) -> None:
+    """Waits until it is true, by the real clock, whatever a test makes of it."""
+    end = now() + PATIENCE_SECONDS
     while not true():
-        assert time.monotonic() < end, "it never came true"
+        assert now() < end, "it never came true"
         time.sleep(0.005)
 
 
@@ -350,14 +350,12 @@ def raw(request: pytest.FixtureRequest) -> Iterator[Raws]:
 
 
 class Proxy:
-    """Passes bytes on to a server, until told to cut or to stall."""
+    """Passes bytes on to a server, until told to cut."""
 
     def __init__(self, port: int) -> None:
         self._target = HOST, port
         self._listener = socket.create_server((HOST, 0))
         self.port: int = self._listener.getsockname()[1]
-        self.flowing = threading.Event()  # cleared, nothing gets through
-        self.flowing.set()
         self.cuts = self.connections = 0
         self.bytes_per_second = math.inf  # on the way down
         self.forgotten = 0  # of the connections so many, as by a NAT: nothing passes
@@ -389,7 +387,6 @@ class Proxy:
                     slow = way and self.bytes_per_second < math.inf
                     if not (data := source.recv(4000 if slow else 65536)):
                         return
-                    self.flowing.wait()
                     if number <= self.forgotten:
                         continue
                     time.sleep(len(data) / self.bytes_per_second if slow else 0)
@@ -399,7 +396,6 @@ class Proxy:
             self.cuts += 1
 
     def close(self) -> None:
-        self.flowing.set()
         for sock in (self._listener, *self._accepted):
             with contextlib.suppress(OSError):  # it was closed already
                 sock.shutdown(socket.SHUT_RDWR)
@@ -459,13 +455,14 @@ def quiet_port() -> int:
 
 def redis_servers() -> Iterator[NewRedis]:
     """Starts Redis servers, and kills them at the end."""
-    if not importlib.util.find_spec("redis"):
-        skip("the package redis is not installed")
-    if not shutil.which("redis-server") or not shutil.which("redis-cli"):
-        skip("no redis-server here")
     with contextlib.ExitStack() as stack:
+        stack.callback(gc.collect)  # in this test, what redis 5 leaves unclosed
 
         def start(*options: str) -> Redis:
+            if not importlib.util.find_spec("redis"):
+                skip("the package redis is not installed")
+            if not shutil.which("redis-server") or not shutil.which("redis-cli"):
+                skip("no redis-server here")
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             one = Redis(folder, *options)
             stack.callback(one.stop)
@@ -490,13 +487,12 @@ def redis(lasting_redis: Redis) -> Redis:
     return lasting_redis
 
 
-@pytest.fixture(scope="session")
-def lasting_cluster(start_lasting: NewRedis) -> list[Redis]:
+def form_cluster(start: NewRedis) -> list[Redis]:
     """Three nodes with a third of the slots each, and a replica of one of them."""
     options = ["--cluster-enabled", "yes", "--repl-diskless-sync-delay", "0"]
     # With a short timeout nodes also tell each other of new ones sooner.
     options += ["--cluster-node-timeout", "500"]
-    nodes = together(lambda _: start_lasting(*options), range(4))
+    nodes = together(lambda _: start(*options), range(4))
     seed, *places = (f"{HOST}:{node.port}" for node in nodes)
     nodes[0].cli("--cluster", "create", seed, *places[:2], "--cluster-yes")
     eventually(lambda: all("state:ok" in n.cli("cluster", "info") for n in nodes[:3]))
@@ -507,11 +503,20 @@ def lasting_cluster(start_lasting: NewRedis) -> list[Redis]:
     return nodes
 
 
+@pytest.fixture(scope="session", autouse=True)
+def lasting_cluster(
+    request: pytest.FixtureRequest, start_lasting: NewRedis
+) -> Callable[[], list[Redis]]:
+    """It takes seconds to form, in which the tests before its first go on."""
+    wanted = any("cluster" in item.name for item in request.session.items)
+    return begin(form_cluster, start_lasting) if wanted else list
+
+
 @pytest.fixture
-def cluster(lasting_cluster: list[Redis]) -> list[Redis]:
+def cluster(lasting_cluster: Callable[[], list[Redis]]) -> list[Redis]:
     """Its masters, emptied: one may have been killed, and replaced by the replica."""
     role = "info", "replication"
-    masters = [node for node in lasting_cluster if "role:master" in node.cli(*role)]
+    masters = [node for node in lasting_cluster() if "role:master" in node.cli(*role)]
     together(lambda node: node.cli("flushall"), masters)
     return masters
 
@@ -583,7 +588,7 @@ def test_a_frame_too_long_is_refused_and_one_that_never_comes_costs_no_memory() 
 
         trickling = begin(trickle)
         tracemalloc.start()
-        end = time.monotonic() + 0.2  # though bytes go on coming
+        end = time.monotonic() + 0.1  # though bytes go on coming
         raises(TimeoutError, None, frames.receive, end)
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
         tracemalloc.stop()
@@ -768,9 +773,7 @@ GET: dict[str, Any] = {"action": "get", "topic": "t", "after": 0}
 HELLO: dict[str, Any] = {"action": "hello", "protocol": 1}
 
 
-def test_the_actions_answer_as_the_protocol_says(
-    server: Server, serve: Serve, raw: Raws
-) -> None:
+def test_the_actions_answer_as_told(server: Server, serve: Serve, raw: Raws) -> None:
     peer, head, limit = raw(), server.store.head, dsmq.MAX_FRAME_BYTES
     hello: dict[str, Any] = {"protocol": 1, "head": head, "max_frame_bytes": limit}
     hello |= {"server": server.inner.name, "time_to_live": 600}
@@ -835,9 +838,7 @@ BROKEN += [struct.pack(">I", 1 << 31) + b"x", b"GET / HTTP/1.1\r\nHost: here\r\n
 BROKEN += [struct.pack(">I", dsmq.MAX_FRAME_BYTES + 1)]
 
 
-def test_bad_requests_are_refused_and_broken_framing_ends_the_connection(
-    server: Server, raw: Raws
-) -> None:
+def test_bad_requests_and_frames_are_refused(server: Server, raw: Raws) -> None:
     peer, head = raw(), server.store.head
 
     def check(reply: dict[str, Any], named: str) -> None:
@@ -866,9 +867,7 @@ def test_bad_requests_are_refused_and_broken_framing_ends_the_connection(
 
 
 @over_tls_too
-def test_requests_wait_their_turn_and_may_await_a_put(
-    server: Server, raw: Raws
-) -> None:
+def test_requests_wait_their_turn_or_for_a_put(server: Server, raw: Raws) -> None:
     reader, writer, ahead, elsewhere = (raw() for _ in range(4))
     requests = [PUT | {"messages": ["a"]}, GET, {}, GET | {"topic": "u", "wait": 0.05}]
     requests += [PUT | {"messages": ["b"]}, GET | {"action": "get_latest"}]
@@ -930,7 +929,7 @@ def test_slowness_is_no_stall(server: Server, raw: Raws, monkeypatch: Patch) -> 
     reader, writer = raw(), raw()
     reader.send(**GET, wait=1)
     eventually_waiting(server, "t")
-    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.25)
     reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
     writer.ask(**PUT | {"messages": [LONG]})
     with reader.sock.makefile("rb") as stream:
@@ -938,7 +937,7 @@ def test_slowness_is_no_stall(server: Server, raw: Raws, monkeypatch: Patch) -> 
         assert left > 8_000_000
         for step in [1_000_000] * 8 + [left - 8_000_000]:
             stream.read(step)
-            time.sleep(0.12)
+            time.sleep(0.075)
     assert reader.ask(**HELLO)["protocol"] == 1
 
 
@@ -969,10 +968,8 @@ def test_non_readers_are_dropped(server: Server, raw: Raws, monkeypatch: Patch) 
     eventually(lambda: count_threads() <= threads)
 
 
-def test_who_stalls_or_goes_is_cut(
-    server: Server, raw: Raws, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
+def test_who_stalls_is_cut(server: Server, raw: Raws, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.2)
     idle, stalling, half, vanishing = (raw() for _ in range(4))
     assert idle.ask(**HELLO) == stalling.ask(**HELLO)
     stalling.sock.sendall(struct.pack(">I", 1000) + b"{")
@@ -1076,7 +1073,7 @@ def test_every_client_reads_every_message_at_its_own_pace(connect: Connect) -> N
 def test_a_client_sees_all_put_after_it_connected_and_no_more(
     connect: Connect, monkeypatch: Patch
 ) -> None:
-    putter, rounds = connect(), {"dsmq": 120, "redis": 100, "cluster": 20}
+    putter, rounds = connect(), {"dsmq": 120, "redis": 100, "cluster": 12}
     real = time.time_ns
     for i in range(int(KNOBS["ROUNDS"] or rounds[connect.engine])):
         step = (0, 86400, -86400)[i % 3] * 10**9  # of this process's clock
@@ -1099,16 +1096,15 @@ def test_a_client_sees_all_put_after_it_connected_and_no_more(
             assert late.get_many(f"old {i}") == ["after"]
 
 
-@everywhere
-def test_a_late_reader_sees_what_the_last_seconds_brought(connect: Connect) -> None:
+def test_a_late_reader_sees_the_past(pass_time: PassTime, connect: Connect) -> None:
     putter = connect()
     putter.put_many("t", ["1", "2"])
     assert connect(since=math.inf).get_many("t") == ["1", "2"]
     assert connect(since=60).get_latest("t") == "2"
     assert connect().get("t") == connect(since=0).get("t") == ""
-    time.sleep(0.3)
+    pass_time(100)
     putter.put("t", "3")
-    assert connect(since=0.2).get_many("t") == ["3"]
+    assert connect(since=60).get_many("t") == ["3"]
 
 
 @everywhere
@@ -1172,16 +1168,16 @@ def test_a_wait_lasts_as_long_as_it_should(connect: Connect) -> None:
     mq = connect()
     # Without a timeout it is tuned as in the original.
     assert mq._initial_retry * (2**mq._n_tries - 1) == pytest.approx(10.23)
-    mq._n_tries, mq._initial_retry = 3, 0.02
+    mq._n_tries, mq._initial_retry = 3, 0.01
     mq._timeout = 0.2  # each request waits for half of it
     waiting = begin(mq.get_wait, "t", math.inf)
-    for arguments, least in ((("u",), 0.13), (("u", 0), 0.0), (("u", 0.3), 0.3)):
+    for arguments, least in ((("u",), 0.07), (("u", 0), 0.0), (("u", 0.15), 0.15)):
         with within(least + 5, least):
             assert mq.get_wait(*arguments) == ""
     mq.put_many("t", ["at last", "x", "y"])
     assert waiting() == "at last"
-    with within(5, 0.1):
-        assert list(mq.listen("t", timeout=0.1)) == ["x", "y"]
+    with within(5, 0.05):
+        assert list(mq.listen("t", timeout=0.05)) == ["x", "y"]
 
 
 def test_what_was_read_ahead_expires_too(pass_time: PassTime, connect: Connect) -> None:
@@ -1309,7 +1305,8 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], type[Exception], dict[str, Any]
     (dsmq.connect, ValueError, {
         "host": ["a" * 70, "localhost:30008", "redis://h:x", "redis://h/x",
                  "redis://h/0#1", "redis://[::1", "redis://:12?34@h",
-                 "redis://h?protocol=3", "redis://h?decode_responses=1"],
+                 "redis://h?protocol=3", "redis://h?decode_responses=1", "http://h",
+                 "tcp://h", "REDIS://h", "redis+sentinel://h"],
         "port": [-1, 65536], "timeout": [0, math.nan], "secret": ["", "\udc80"],
         "since": [-1, math.nan]}),
     (functools.partial(dsmq.connect, port=1, timeout=0.1), OSError, {
@@ -1328,7 +1325,7 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], type[Exception], dict[str, Any]
     (functools.partial(dsmq.serve, certfile=__file__), OSError, {
         "keyfile": ["/nowhere.pem"]}),
 ]  # fmt: skip
-NAMED = {"host": "host|Redis URL", "secret": "secret|password", "tls": "tls|rediss"}
+NAMED = {"host": "host|URL|'.+'://", "secret": "secret|password", "tls": "tls|rediss"}
 
 
 def test_wrong_arguments_of_connect_and_serve_raise_at_once() -> None:
@@ -1339,9 +1336,6 @@ def test_wrong_arguments_of_connect_and_serve_raise_at_once() -> None:
                 if error is OSError:  # for the hint, see 0.0.0.0
                     named = r"nowhere|''|256\.256|a server listens on 127\.0\.0\.1"
                 raises(error, named, function, **{name: value})
-    for scheme in ("http", "tcp", "REDIS", "redis+sentinel"):
-        named = re.escape(f"'{scheme}'://")
-        raises(ValueError, named, dsmq.connect, f"{scheme}://{HOST}")
 
 
 # ------------------------------------------------------------- threads and processes
@@ -1395,7 +1389,7 @@ def test_many_threads_leave_few_connections(server: Server, connect: Connect) ->
 
     def use(number: int) -> str:
         barrier.wait(PATIENCE_SECONDS)
-        return mq.get_wait(f"t{number}", 0.2)
+        return mq.get_wait(f"t{number}", 0.1)
 
     assert together(use, range(60)) == [""] * 60
     eventually(lambda: len(server.inner.connections) <= 16)
@@ -1457,6 +1451,8 @@ def test_readers_get_exactly_what_writers_put(connect: Connect, method: str) -> 
     context: Any = multiprocessing.get_context(method)
     said = context.Queue()
     writers, each, readers = map(int, KNOBS["CROWD"].split(","))
+    if connect.engine == "dsmq" and method != METHODS[0]:
+        writers, readers = 2, 1  # enough to see that they start that way, too
 
     def start(target: Callable[..., None], *arguments: Any) -> Any:
         process = context.Process(target=target, args=arguments)
@@ -1601,22 +1597,20 @@ def test_all_arrive_once_through_many_cuts(
 
 
 def test_a_slow_line_is_busy_and_no_call_raises(proxy: Proxy, connect: Connect) -> None:
-    mq = connect(proxy.port, timeout=0.3)
+    mq = connect(proxy.port, timeout=0.2)
     connect().put_many("t", ["x" * 1000] * 100)
-    proxy.bytes_per_second = 100_000
-    with within(100 * 1000 / 100_000 / 0.7):  # seven tenths of the line at least
-        assert mq.get("t") == "x" * 1000  # 64 kB at first, which take 0.6 s
-        got = [*mq.get_many("t", 10), *mq.listen("t", 0.1)]
+    proxy.bytes_per_second = 150_000
+    with within(100 * 1000 / 150_000 / 0.7):  # seven tenths of the line at least
+        assert mq.get("t") == "x" * 1000  # 64 kB at first, which take 0.4 s
+        got = [*mq.get_many("t", 10), *mq.listen("t", 0.05)]
     assert len(got) == 99 and mq._read_ahead_bytes < dsmq.READ_AHEAD_BYTES / 2
 
 
-def test_a_connection_forgotten_on_the_way_is_made_anew_within_the_timeout(
-    proxy: Proxy, connect: Connect
-) -> None:
-    calls: list[Call] = [("put", "t", "x"), ("get", "t"), ("get_wait", "u", 0.2)]
-    clients, witness = [connect(proxy.port, timeout=2) for _ in calls], connect()
+def test_a_forgotten_connection_is_made_anew(proxy: Proxy, connect: Connect) -> None:
+    calls: list[Call] = [("put", "t", "x"), ("get", "t"), ("get_wait", "u", 0.05)]
+    clients, witness = [connect(proxy.port, timeout=1) for _ in calls], connect()
     proxy.forgotten = proxy.connections
-    with within(1.9):
+    with within(0.95):
         together(lambda mq, one: call(mq, *one), clients, calls)
     assert witness.get_many("t") == ["x"]
 
@@ -1633,9 +1627,9 @@ def test_clients_carry_on_after_a_restart(connect: Connect) -> None:
     waiting = begin(waiter.get_wait, "u", math.inf)
     time.sleep(0.1)
     server.stop()
-    trier._timeout = 0.3
+    trier._timeout = 0.15
     where = f"no .*:{server.port}"
-    works = trier.stats, lambda: connect(server.port, timeout=0.3)
+    works = trier.stats, lambda: connect(server.port, timeout=0.15)
     with within(5, 0.1):
         together(lambda work: raises(ConnectionRefusedError, where, work), works)
     trier._timeout = PATIENCE_SECONDS
@@ -1688,10 +1682,10 @@ def test_the_very_call_that_meets_another_server_reads_what_it_has(
 
 def test_connecting_goes_on_until_the_timeout(serve: Serve, connect: Connect) -> None:
     port, begun = dsmq._free_port(), time.monotonic()
-    connecting = begin(functools.partial(connect, timeout=0.6), port)
-    time.sleep(0.5)
+    connecting = begin(functools.partial(connect, timeout=0.3), port)
+    time.sleep(0.2)
     serve(port)
-    late = time.monotonic() - begun > 0.57  # a busy machine
+    late = time.monotonic() - begun > 0.27  # a busy machine
     with contextlib.suppress(*[ConnectionError] * late):
         connecting().put("t", "x")
 
@@ -1755,37 +1749,25 @@ def test_a_port_is_never_its_own_answer(monkeypatch: Patch) -> None:
         return sock
 
     monkeypatch.setattr(socket, "create_connection", connected_to_itself)
-    raises(ConnectionRefusedError, None, dsmq.connect, *address, timeout=0.2)
-
-
-@contextlib.contextmanager
-def paused(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(0.05)  # until the last of its threads has stopped, too
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    raises(ConnectionRefusedError, None, dsmq.connect, *address, timeout=0.1)
 
 
 @needs_signals
-@engines("dsmq", "process", "redis", "cluster")
-def test_a_silent_server_times_out_every_call(connect: Connect, proxy: Proxy) -> None:
-    past_one_machine = connect.engine in ("redis", "cluster")
+@engines("process", "redis", "cluster")
+def test_a_silent_server_times_out_every_call(connect: Connect) -> None:
+    past_one_machine = connect.engine != "process"
     calls = CALLS[:-1] if past_one_machine else CALLS
-    port = proxy.port if connect.engine == "dsmq" else None
-    clients = [connect(port, timeout=0.3) for _ in (*calls, "waiter")]
-    ending, waiting = connect(port), begin(clients[-1].get_wait, "t", math.inf)
+    clients = [connect(timeout=0.3) for _ in (*calls, "waiter")]
+    ending, waiting = connect(), begin(clients[-1].get_wait, "t", math.inf)
     check = functools.partial(raises, TimeoutError, r"did not answer in 0\.3 s")
     time.sleep(0.1)
     with contextlib.ExitStack() as pauses:
-        if connect.engine == "dsmq":
-            proxy.flowing.clear()  # the network swallows everything
-        else:
-            for node in connect.nodes:
-                pauses.enter_context(paused(node.pid))
+        for node in connect.nodes:
+            os.kill(node.pid, signal.SIGSTOP)
+            pauses.callback(os.kill, node.pid, signal.SIGCONT)
+        time.sleep(0.05)  # until the last of their threads has stopped, too
         checks = [begin(check, call, mq, *one) for mq, one in zip(clients, calls)]
-        checks.append(begin(functools.partial(check, connect, port, timeout=0.3)))
+        checks.append(begin(functools.partial(check, connect, timeout=0.3)))
         connecting = [begin(ending.get_wait, "t", math.inf) for _ in range(3)]
         for outcome in [*checks, begin(check, waiting)]:
             outcome()
@@ -1986,11 +1968,11 @@ def test_a_full_server_refuses_only_puts(
         assert reader.get("0") == "room again"
 
 
-def test_a_client_keeps_neither_what_it_handed_out_nor_cursors_of_what_expired(
-    serve: Serve, connect: Connect, monkeypatch: Patch
+def test_a_client_keeps_cursors_of_what_lives_and_nothing_else(
+    server: Server, connect: Connect, monkeypatch: Patch, pass_time: PassTime
 ) -> None:
-    monkeypatch.setattr(dsmq, "PURGE_SECONDS", 0.03)
-    mq = connect(serve(time_to_live=0.1).port)
+    monkeypatch.setattr(dsmq, "PURGE_SECONDS", 0.01)
+    mq = connect()
     tracemalloc.start()
     mq.put("large", "x" * 10_000_000)
     assert len(mq.get_many("large")[0]) == 10_000_000
@@ -1998,24 +1980,21 @@ def test_a_client_keeps_neither_what_it_handed_out_nor_cursors_of_what_expired(
         mq.put(f"reply {i}", "x" * 10_000)
         assert mq.get(f"reply {i}")
         if i % 100 == 99:
-            time.sleep(0.2)  # and what is before them has been purged
+            pass_time(601)
+            eventually(lambda: not server.store.stats()["messages"])
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(mq._cursors) < 300
     assert kept < 2_000_000
-
-
-def test_a_cursor_is_kept_while_what_it_has_read_lives(connect: Connect) -> None:
-    mq = connect()
-    for i in range(500):
-        mq.put(f"t{i}", "x")
-        assert mq.get(f"t{i}") == "x"
-    assert [mq.get(f"t{i}") for i in range(500)] == [""] * 500
+    for topic in numbers(500):
+        mq.put(topic, "x")
+        assert mq.get(topic) == "x"
+    assert [mq.get(topic) for topic in numbers(500)] == [""] * 500
 
 
 @needs_signals
 def test_memory_and_descriptors_come_back(launch: Launch, connect: Connect) -> None:
-    process = launch("--time-to-live", "0.7")
+    process = launch("--time-to-live", "0.5")
     if not os.path.isdir("/proc"):
         pytest.skip("no /proc here")
     resource = pytest.importorskip("resource")
@@ -2046,8 +2025,8 @@ def test_memory_and_descriptors_come_back(launch: Launch, connect: Connect) -> N
         putter.put("t", "x")  # those inside go on
         assert putter.get("t") == "x"
         before = cpu_seconds()
-        time.sleep(0.3)
-        assert cpu_seconds() - before < 0.2  # it does not spin
+        time.sleep(0.2)
+        assert cpu_seconds() - before < 0.12  # it does not spin
     connect(process.port).put("t", "y")
     assert putter.get("t") == "y"
     assert process.log.read_text().count("refusing") < 10
@@ -2059,8 +2038,9 @@ def test_a_client_too_many_is_told(
     server = serve(max_clients=3)
     clients = [connect(server.port) for _ in range(3)]
     why = "max_clients 3 is reached"
-    assert raw(server).receive() == {"error": why, "code": "busy"}
-    raises(ConnectionRefusedError, why, connect, server.port, timeout=0.3)
+    with (told := raw(server)).sock:
+        assert told.receive() == {"error": why, "code": "busy"}
+    raises(ConnectionRefusedError, why, connect, server.port, timeout=0.15)
     clients[0].put("t", "the others go on")
     connecting = begin(connect, server.port)
     time.sleep(0.1)
@@ -2076,7 +2056,7 @@ def test_a_client_too_many_is_told(
         for name in ("_start_new_thread", "_start_joinable_thread"):
             patch.setattr(threading, name, start, raising=False)
         eventually(lambda: server.clients() == 2)
-        raises(ConnectionError, "was lost", connect, server.port, timeout=0.3)
+        raises(ConnectionError, "was lost", connect, server.port, timeout=0.15)
         clients[1].put("t", "those inside go on")
     connect(server.port).put("t", "y")
     expected = ["the others go on", "x", "those inside go on", "y"]
@@ -2109,7 +2089,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(connect: Connect) -> None
     cycle(rounds // 5)
     threads, files = count_threads(), descriptors()
     tracemalloc.start()
-    cycle(min(rounds, 10))
+    cycle(rounds // 10 + 1)
     before = tracemalloc.get_traced_memory()[0]
     cycle(rounds)
     grown = tracemalloc.get_traced_memory()[0] - before
@@ -2217,13 +2197,14 @@ def test_all_works_over_tls(connect: Connect, certificate: Path) -> None:
     raises(ssl.SSLCertVerificationError, None, connect_to, *address, tls=ours)
     named = "nowhere" if ours else None
     raises(FileNotFoundError, named, connect_to, *address, tls="/nowhere.pem")
-    raises((ConnectionError, TimeoutError), None, connect_to, *plain, tls=tls)
+    lost = ConnectionError, TimeoutError
+    raises(lost, None, connect_to, *plain, tls=tls, timeout=0.1)
     gc.collect()
 
 
 @pytest.mark.parametrize("server", ["tls"], indirect=True)
 def test_no_handshake_may_stall(server: Server, raw: Raws, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
     where = HOST, server.port
     raises(ConnectionError, "speaks TLS only", dsmq.connect, *where)
     eventually(lambda: server.clients() == 0)
@@ -2244,7 +2225,7 @@ def test_shutdown_wakes_all_and_frees_the_port(serve: Serve, connect: Connect) -
     for askers in (1, 5):  # the second server at once on the port of the first
         server = serve(port)
         port = server.port
-        first, others = ([connect(port, timeout=t) for _ in range(5)] for t in (9, 0.7))
+        first, others = ([connect(port, timeout=t) for _ in range(5)] for t in (9, 0.2))
         first[0].put("t", "x")
         waiting = [begin(other.get_wait, "u", math.inf) for other in others]
         eventually_waiting(server, "u", 5)
@@ -2259,20 +2240,18 @@ def test_shutdown_wakes_all_and_frees_the_port(serve: Serve, connect: Connect) -
 
 def test_a_lost_answer_of_shutdown_is_an_error(connect: Connect, proxy: Proxy) -> None:
     mq = connect(proxy.port, timeout=5)
-    mq._timeout, proxy.budget[1] = 0.3, 1
+    mq._timeout, proxy.budget[1] = 0.1, 1
     raises((ConnectionError, TimeoutError), None, mq.shutdown_server)  # it cuts
     connect.nodes[0].join()  # but it is done
 
 
 @pytest.mark.parametrize("cycle", [False, True])
-def test_a_put_while_the_interpreter_ends_is_stored_or_an_error(
-    server: Server, connect: Connect, cycle: bool
-) -> None:
+def test_a_put_at_exit_is_stored_or_an_error(connect: Connect, cycle: bool) -> None:
     mq = connect()
     with run_code(
         "import dsmq, gc",
         "class Last:",
-        f"    mq = dsmq.connect(port={server.port})",
+        f"    mq = dsmq.connect{connect.address()}",
         "    def __del__(self):",
         "        try: self.mq.put('t', 'bye')",
         "        except ConnectionError as error: print(error)",
@@ -2327,7 +2306,7 @@ def test_a_child_forked_beside_a_server_keeps_neither_port_nor_peers() -> None:
         assert mq.get_wait("t", PATIENCE_SECONDS) == "forked"
         parent.kill()
         parent.wait(PATIENCE_SECONDS)
-        mq._timeout = 0.5
+        mq._timeout = 0.1
         raises(ConnectionRefusedError, None, mq.put, "t", "y")
         socket.create_server((HOST, port)).close()
 
@@ -2337,7 +2316,7 @@ def test_a_child_forked_beside_a_server_keeps_neither_port_nor_peers() -> None:
 def test_serve_in_a_process_ends_on_sigterm_and_with_its_parent(ending: str) -> None:
     port = dsmq._free_port()
     with run_code(
-        "import dsmq, multiprocessing, os, sys",
+        "import dsmq, multiprocessing, os, sys; dsmq.PURGE_SECONDS = 0.05",
         f"options = {{'target': dsmq.serve, 'args': ({HOST!r}, {port})}}",
         "p = multiprocessing.get_context('fork').Process(**options)",
         "p.start()",
@@ -2349,7 +2328,7 @@ def test_serve_in_a_process_ends_on_sigterm_and_with_its_parent(ending: str) -> 
     socket.create_server((HOST, port)).close()
 
 
-def test_both_names_of_the_original_work_on_the_standard_library_alone() -> None:
+def test_both_names_of_the_original_are_quick_and_need_no_package() -> None:
     code = """
 import sys; sys.path.append(".")
 from dsmq.server import serve; from dsmq.client import connect
@@ -2358,6 +2337,8 @@ assert dsmq.server.serve is serve is dsmq.serve
 assert dsmq.client.connect is connect is dsmq.connect
 names = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
 assert names <= {"dsmq", "__main__", "__mp_main__"}, names
+slow = {"argparse", "multiprocessing", "sqlite3", "ssl", "urllib.parse"}
+assert not slow & {*sys.modules}
 try: dsmq.connect("redis://127.0.0.1:1")
 except dsmq.DSMQError as error: assert "pip install redis" in str(error)
 """
@@ -2375,9 +2356,7 @@ def put_long_ago(redis: Redis, seconds: float, topic: str, *texts: str) -> None:
 
 
 @engines("redis", "cluster")
-def test_what_expired_in_redis_is_neither_handed_out_nor_kept(
-    connect: Connect, pass_time: PassTime
-) -> None:
+def test_what_expired_in_redis_is_gone(connect: Connect, pass_time: PassTime) -> None:
     node, putter, late = connect.nodes[0], connect(), connect(since=math.inf)
     # More than one reply holds, and not trimmed: no put came since.
     put_long_ago(node, 601, "t", *numbers(250))
@@ -2395,14 +2374,12 @@ def test_what_expired_in_redis_is_neither_handed_out_nor_kept(
     put_long_ago(node, 580, "t", "a", "b")
     assert waiting() == "a"
     putter.put("t", "c")
-    for since, expected in ((570, ["c"]), (590, ["a", "b", "c"])):
+    for since, expected in ((0, []), (570, ["c"]), (590, ["a", "b", "c"])):
         assert connect(since=since).get_many("t") == expected
 
 
 @on_redis
-def test_a_flush_of_redis_is_noticed_though_connections_stay(
-    connect: Connect, monkeypatch: Patch
-) -> None:
+def test_a_flush_of_redis_is_noticed(connect: Connect, monkeypatch: Patch) -> None:
     redis = connect.nodes[0]
     redis.cli("set", "dsmq:head", AHEAD)
     putter, getter = connect(), connect()
@@ -2434,35 +2411,30 @@ def test_what_is_not_ours_in_redis_is_kept(redis: Redis, connect: Connect) -> No
     assert mq.get_many("u") == ["x"]
 
 
-def test_the_password_of_redis_is_in_no_error(new_redis: NewRedis) -> None:
-    place = f"{HOST}:{new_redis('--requirepass', 's3cr/et').port}"
-    with dsmq.connect(f"redis://:s3cr%2Fet@{place}") as mq:
-        mq.put("t", "x")
-        assert "s3cr" not in repr(mq)
-    for login in (":wr0ng@", "", "nobody:s3cr%2Fet@", ":s3cr%2Fet@", ":s3cr/et@"):
-        secret = "s3cr/et" if login == ":s3cr%2Fet@" else None
-        error = ValueError if secret or "/" in login else AuthenticationError
-        url = f"redis://{login}{place}"
-        said = raises(error, None, dsmq.connect, url, secret=secret)
-        assert "wr0ng" not in said and "s3cr" not in said
-
-
 @leaves_sockets
-def test_a_redis_is_reached_by_its_socket_or_as_a_valkey(new_redis: NewRedis) -> None:
+def test_redis_is_reached_in_every_way_and_tells_no_secret(new_redis: NewRedis) -> None:
     connect = functools.partial(dsmq.connect, timeout=0.5)
     # That of tmp_path may be longer than the system takes.
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as clients:
         path = f"{folder}/socket"
-        raises(ConnectionRefusedError, f"no Redis at {path}", connect, f"unix://{path}")
-        port = new_redis("--unixsocket", path, "--requirepass", "s3cret").port
-        urls = [f"unix://:s3cret@{path}", f"valkey://:s3cret@{HOST}:{port}"]
-        urls += [f"unix://{path}?password=s3cret&db={number}" for number in (0, 1)]
-        a, b, c, elsewhere = (clients.enter_context(connect(url)) for url in urls)
+        there, nobody = f"unix://{path}", f"no Redis at {path}"
+        raises(ConnectionRefusedError, nobody, connect, there, timeout=0.1)
+        port = new_redis("--unixsocket", path, "--requirepass", "s3cr/et").port
+        place = f"{HOST}:{port}"
+        urls = [f"{scheme}://:s3cr%2Fet@{place}" for scheme in ("redis", "valkey")]
+        urls += [f"unix://:s3cr%2Fet@{path}"]
+        urls += [f"{there}?password=s3cr%2Fet&db={number}" for number in (0, 1)]
+        a, b, c, d, elsewhere = (clients.enter_context(connect(url)) for url in urls)
         a.put("t", "x")
-        assert b.get("t") == c.get_wait("t", 5) == "x" and elsewhere.get("t") == ""
-        wrong = f"unix://{path}?password=wr0ng"
-        assert "wr0ng" not in raises(AuthenticationError, None, connect, wrong)
-    gc.collect()
+        assert b.get("t") == c.get("t") == d.get_wait("t", 5) == "x"
+        assert elsewhere.get("t") == "" and "s3cr" not in repr([a, b, c, d])
+        logins = ":wr0ng@", "", "nobody:s3cr%2Fet@", ":s3cr/et@", ":s3cr%2Fet@"
+        wrong = [*(f"redis://{login}{place}" for login in logins)]
+        for url in (f"{there}?password=wr0ng", *wrong):
+            secret = "s3cr/et" if url == urls[0] else None
+            error = ValueError if secret or "r/e" in url else AuthenticationError
+            said = raises(error, None, connect, url, secret=secret)
+            assert "wr0ng" not in said and "s3cr" not in said
 
 
 @engines("cluster")
@@ -2512,10 +2484,9 @@ def test_topics_move_within_a_cluster(cluster: list[Redis], connect: Connect) ->
 
 @engines("cluster")
 def test_clients_survive_a_failover(cluster: list[Redis], connect: Connect) -> None:
-    def followed(node: Redis) -> bool:
-        return "connected_slaves:1" in node.cli("info", "replication")
-
-    seed, other, _ = sorted(cluster, key=followed, reverse=True)
+    (replica,) = {*connect.fixture("lasting_cluster")()} - {*cluster}
+    told = replica.cli("info", "replication")
+    seed, other, _ = sorted(cluster, key=lambda n: f"master_port:{n.port}" not in told)
     set_timeout = "--cluster", "set-timeout", f"{HOST}:{other.port}"
     putter, getter = (connect(seed.port, timeout=PATIENCE_SECONDS) for _ in range(2))
     for i in range(30):
@@ -2526,8 +2497,10 @@ def test_clients_survive_a_failover(cluster: list[Redis], connect: Connect) -> N
     assert seed.cli("wait", "1", "5000") == "1"
     other.cli(*set_timeout, "250")
     seed.stop()
-    for i in range(30):
-        putter.put(f"t{i}", "after")
+    putting = begin(lambda: [call(putter, "put", f"t{i}", "after") for i in range(30)])
+    eventually(lambda: "cluster_state:fail" in other.cli("cluster", "info"))
+    replica.cli("cluster", "failover", "takeover")  # an election takes a second
+    putting()
     assert [getter.get_wait(f"t{i}", 5) for i in range(30)] == ["after"] * 30
     assert putter.stats()["messages"] == 60
     other.cli(*set_timeout, "60000")
@@ -2549,7 +2522,8 @@ def watching(options: str) -> Iterator[Any]:
     """`dsmq watch` in a process, once it has said that it is there."""
     with start_command("watch", "--verbose", *shlex.split(options), **PIPES) as process:
         try:
-            assert b" watching " in process.stderr.readline()
+            said = process.stderr.readline()
+            assert b" watching " in said and b"hidden" not in said
             yield process
         finally:
             process.kill()
@@ -2583,7 +2557,6 @@ ENTRY = '{"topic": "%s", "message": "%s"}'
     ("words", "stdin", "messages"),
     [
         ("put t --port $PORT hello --timeout 5 you", "", ["hello", "you"]),
-        ("--port $PORT put t hé", "", ["hé"]),
         ("put --port=$PORT t -5 -- -x -- ''", "", ["-5", "-x", "--", ""]),
         ("--port $PORT put -- t -x", "", ["-x"]),
         ("put t --port $PORT", "a\n\n世\nlast", ["a", "", "世", "last"]),
@@ -2626,8 +2599,8 @@ def test_put_hands_on_each_line_as_it_comes(server: Server, connect: Connect) ->
     ("options", "status", "lines"),
     [
         ("a --count 2", 0, ["hé", "llo", ""]),
-        ("a --timeout 0.5", 0, ["hé", "llo", ""]),
-        ("a --timeout 0.5 --count 3", 1, ["hé", "llo", ""]),
+        ("a --timeout 0.3", 0, ["hé", "llo", ""]),
+        ("a --timeout 0.3 --count 3", 1, ["hé", "llo", ""]),
         ("a --count 3 b", 0, ["a hé", "llo", "a ", "b y"]),
         ("a --json --count 2", 0, [ENTRY % ("a", r"h\u00e9\nllo"), ENTRY % ("a", "")]),
         ("b --json --timeout inf --count 1", 0, [ENTRY % ("b", "y")]),
@@ -2658,7 +2631,7 @@ def test_watch_goes_on_through_a_restart(serve: Serve, connect: Connect) -> None
 @needs_signals
 def test_watch_says_that_it_is_there_on_a_terminal(server: Server) -> None:
     near, far = os.openpty()
-    options = "--port", str(server.port), "--timeout", "0.1"
+    options = "--port", str(server.port), "--timeout", "0.05"
     for stderr in (subprocess.PIPE, far):
         with start_command("watch", "t", *options, stderr=stderr) as process:
             assert not process.communicate(timeout=PATIENCE_SECONDS)[1]
@@ -2668,25 +2641,9 @@ def test_watch_says_that_it_is_there_on_a_terminal(server: Server) -> None:
     os.close(near)
 
 
-@pytest.mark.parametrize("since", ["2.5", "inf"])
-def test_watch_passes_since_on_and_shows_no_password(
-    server: Server, monkeypatch: Patch, caplog: Log, since: str
-) -> None:
-    asked: dict[str, Any] = {}
-    mq = dsmq.connect(port=server.port)
-    monkeypatch.setattr(dsmq, "connect", lambda **given: (asked.update(given), mq)[1])
-    options = ["--host", "redis://me:hidden@there:6379/0", "--since", since]
-    assert dsmq.main(["watch", "t", "--verbose", "--timeout", "0", *options]) == 0
-    assert asked["since"] == float(since)
-    assert f"watching t at {HOST}:{server.port}" in caplog.text
-    assert "hidden" not in caplog.text
-
-
 @needs_signals
 @pytest.mark.parametrize("status", [130, 0])
-def test_watch_ends_quietly_on_ctrl_c_and_on_a_closed_pipe(
-    server: Server, connect: Connect, status: int
-) -> None:
+def test_watch_ends_quietly(server: Server, connect: Connect, status: int) -> None:
     mq = connect()
     with watching(f"t --port {server.port}") as process:
         mq.put("t", "x")
@@ -2733,7 +2690,6 @@ ERRORS = [
     ("bench --count 0", 1, "count must be"),
     ("stats --host nowhere.invalid", 1, "no address for 'nowhere.invalid'"),
     ("put t x --timeout 0.2 --port $FREE", 1, "no dsmq server"),
-    ("stats --timeout 0.2 --port $FREE", 1, "no dsmq server"),
     ("--port $FREE shutdown --timeout 0.2", 1, "no dsmq server"),
     ("put t x --port $USED >&-", 0, ""),
     ("stats --port $USED >&-", 0, ""),
@@ -2760,13 +2716,19 @@ def test_errors_are_one_line_and_a_status(server: Server) -> None:
 
 @engines("redis")
 def test_the_command_line_takes_the_url_of_a_redis(connect: Connect) -> None:
-    host = f"--host {connect.address()[0]}"
+    redis = connect.nodes[0]
+    redis.cli("acl", "setuser", "me", "on", ">hidden", "~*", "&*", "+@all")
+    host = f"--host redis://me:hidden@{HOST}:{redis.port}/0"
     with watching(f"{host} a --count 2") as process:
-        assert shell(f"dsmq put b {host}", "x\ny") == (0, "", "")
-        assert shell(f"dsmq put a {host} hé llo") == (0, "", "")
+        puts = f"dsmq put b {host}", f"dsmq put a {host} hé llo"
+        assert together(shell, puts, ("x\ny", "")) == [(0, "", "")] * 2
         assert rest(process) == (0, "hé\nllo\n", "")
     stats = json.loads(shell(f"dsmq stats --json {host}")[1])
     assert stats["topics"]["b"]["messages"] == 2
+    put_long_ago(redis, 100, "c", "1")
+    put_long_ago(redis, 50, "c", "2")
+    with watching(f"c {host} --since 60.5 --count 1") as process:
+        assert rest(process) == (0, "2\n", "")
     assert "not stopped by its clients" in shell(f"dsmq shutdown {host}")[2]
 
 
@@ -2780,35 +2742,33 @@ def test_bench_measures_a_private_server_or_a_running_one(server: Server) -> Non
     assert server.store.stats()["messages"] > 100
 
 
+# On a port of its own, as others may run the tests, too.
+DEMOS = [["dsmq.py"], ["demo.py", str(quiet_port())]]
+
+
 @needs_signals
 def test_a_demo_that_is_cut_short_leaves_nothing_running() -> None:
-    def cut(path: str, how: int) -> bytes:
+    def cut(command: list[str], how: int) -> bytes:
         demo: Any
-        command = [sys.executable, str(HERE / path)]
-        with subprocess.Popen(command, **PIPES, start_new_session=True) as demo:
+        options = {**PIPES, "cwd": HERE, "start_new_session": True}
+        with subprocess.Popen([sys.executable, *command], **options) as demo:
             while b"putter" not in demo.stdout.readline():
                 pass  # all have begun
             os.killpg(demo.pid, how) if how else demo.stdout.close()
             # Whoever is left would keep it open.
             return bytes(demo.communicate(timeout=PATIENCE_SECONDS)[1])
 
-    paths = "dsmq.py", "dsmq.py", "demo.py"
-    assert together(cut, paths, (2, 0, 2))[:2] == [b"", b""]
+    assert together(cut, [*DEMOS, DEMOS[0]], (2, 2, 0))[::2] == [b"", b""]
 
 
 def test_help_and_version() -> None:
     assert shell("dsmq --version") == (0, f"dsmq {dsmq.__version__}\n", "")
+    overview = shell("dsmq --help")[1]
     for name in filter(None, dsmq._COMMANDS):
         text = shell(f"dsmq {name} --help")[1]
         assert f"usage: dsmq {name}" in text and "--secret-file" in text
         assert ("redis://" in text) == (name != "serve")
-        assert f" dsmq {name}" in shell("dsmq --help")[1]
-
-
-def test_importing_is_quick() -> None:
-    slow = "argparse", "multiprocessing", "sqlite3", "ssl", "urllib.parse"
-    with run_code(f"import dsmq, sys; print({{*{slow}}} & {{*sys.modules}})") as child:
-        assert rest(child) == (0, "set()\n", "")
+        assert f" dsmq {name}" in overview
 
 
 def test_secret_and_tls_on_a_command_line(launch: Launch, certificate: Path) -> None:
@@ -2836,9 +2796,10 @@ def readme_blocks(language: str) -> list[str]:
 
 
 def test_the_demos_tell_their_story_and_readme_shows_it(tmp_path: Path) -> None:
-    def run(name: str) -> str:
-        shutil.copy(HERE / name, tmp_path)
-        command = [sys.executable, name]
+    def run(name: str, *port: str) -> str:
+        code = (HERE / name).read_text("utf-8").replace("sleep(0.3)", "sleep(0)")
+        (tmp_path / name).write_text(code, "utf-8")  # without the pauses
+        command = [sys.executable, name, *port]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == ""
         return done.stdout
@@ -2846,7 +2807,7 @@ def test_the_demos_tell_their_story_and_readme_shows_it(tmp_path: Path) -> None:
     def lines(text: str) -> list[str]:
         return sorted(re.sub(r":\d{4,5}", ":PORT", text).strip().splitlines())
 
-    told = together(run, ("dsmq.py", "demo.py"))
+    told = together(lambda command: run(*command), DEMOS)
     for out in told:
         for who in ("server", "putter", "getter A", "getter B", "stopped"):
             assert who in out
