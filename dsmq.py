@@ -1768,9 +1768,9 @@ class DSMQClientSideConnection:
             self._tidy(link)
         with self._lock:
             after = self._start
-            if topic in self._cursors:
-                reader = self._reader(topic, fetched=False)
-                if wanted == 0 and reader.next < len(reader.ids):
+            if reader := self._cursors.get(topic):
+                unread = reader.next < len(reader.ids)
+                if wanted == 0 and unread and reader.expires > time.monotonic():
                     return True  # another thread has just read it ahead
                 after = reader.cursor if wanted is None else reader.ids[-1]
         ids, texts, expires = self._read(link, key, after, wanted, wait)
@@ -2120,9 +2120,10 @@ class _RedisConnection(DSMQClientSideConnection):
             client = redis.RedisCluster.from_url(self._url, **options)
             self._nodes = tuple((node.host, node.port) for node in client.get_nodes())
             close = client.disconnect_connection_pools
-        else:  # one connection, not made anew unnoticed
-            client = redis.Redis.from_url(self._url, **options).client()
+        else:
+            client = redis.Redis.from_url(self._url, **options)
             close = client.close
+            client = client.client()  # one connection, not made anew unnoticed
         made = SimpleNamespace(client=client, close=close, shut=close, seconds=seconds)
         link.connection = made
         self._check_usable()  # another thread may have closed it just before
