@@ -1134,20 +1134,22 @@ class _Handler(socketserver.BaseRequestHandler):
         if len(messages) > MAX_PUT_MESSAGES:
             text = f"{len(messages)} messages; the limit is {MAX_PUT_MESSAGES}"
             raise _refusal(text, "too_large")
-        limit = self.server.max_frame_bytes - ENVELOPE_BYTES
-        bodies, plain = [], self._plain
-        for message in messages:
-            if not isinstance(message, str):
-                raise _refusal(f"a message must be text, not {_shown(message)}")
-            try:
-                # A frame without escapes carries texts as they are stored.
-                body = b'"%b"' % message.encode() if plain else encode_text(message)
-            except ValueError as error:
-                raise _refusal(str(error)) from None
-            if len(body) > limit:
-                text = f"a message of {len(body)} bytes; the limit is {limit}"
-                raise _refusal(text, "too_large")
-            bodies.append(body)
+        if {*map(type, messages)} != {str}:
+            wrong = next(m for m in messages if not isinstance(m, str))
+            raise _refusal(f"a message must be text, not {_shown(wrong)}")
+        try:
+            if self._plain:  # a frame without escapes carries texts as they are stored
+                bodies = [b'"%b"' % message.encode() for message in messages]
+            else:
+                bodies = [*map(encode_text, messages)]
+        except ValueError as error:
+            raise _refusal(str(error)) from None
+        longest, limit = max(map(len, bodies)), self.server.max_frame_bytes
+        if longest > limit - ENVELOPE_BYTES:
+            text = (
+                f"a message of {longest} bytes; the limit is {limit - ENVELOPE_BYTES}"
+            )
+            raise _refusal(text, "too_large")
         return bodies
 
     def _get(self, request: _Fields) -> bytes:
@@ -2361,7 +2363,9 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
         if told:
             _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
         for topic in topics:
-            _thread.start_new_thread(_follow, (mq, topic, came))
+            threading.Thread(
+                target=_follow, args=(mq, topic, came), daemon=True
+            ).start()
         seen, end = 0, time.monotonic() + timeout
         while seen < count and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
