@@ -1144,11 +1144,9 @@ class _Handler(socketserver.BaseRequestHandler):
                 bodies = [*map(encode_text, messages)]
         except ValueError as error:
             raise _refusal(str(error)) from None
-        longest, limit = max(map(len, bodies)), self.server.max_frame_bytes
-        if longest > limit - ENVELOPE_BYTES:
-            text = (
-                f"a message of {longest} bytes; the limit is {limit - ENVELOPE_BYTES}"
-            )
+        limit = self.server.max_frame_bytes - ENVELOPE_BYTES
+        if (longest := max(map(len, bodies))) > limit:
+            text = f"a message of {longest} bytes; the limit is {limit}"
             raise _refusal(text, "too_large")
         return bodies
 
