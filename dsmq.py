@@ -2120,25 +2120,23 @@ _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 # its clock alone, which may step back, and two topics may share a millisecond: made
 # from dsmq:head they tell what was put before a connect.
 #
-# This stores messages, all or none. KEYS are these three, or in a cluster two. ARGV:
-# the put's number (one below the last comes late, on a connection given up), seconds to
-# keep messages and number, the server's run, and the messages. Without any it gives the
-# time, the head and the run.
+# This stores messages, all or none. KEYS are these, ARGV the put's number (one below
+# the last comes late, on a connection given up), for how many seconds to keep messages
+# and number, the server's run, and the messages. Without any it gives the time, the
+# head (in a cluster, the last id of this millisecond) and the run.
 _REDIS_PUT = """
 local last = redis.call('GET', KEYS[2])
 if last and tonumber(last) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local id, run = now .. '-18446744073709551615', 'cluster 0-0 0'
-if KEYS[3] then
-    id, run = string.match(redis.call('GET', KEYS[3]) or '0-0', '(%S+) ?(.*)')
-end
+local head = now .. '-18446744073709551615 cluster 0-0 0'
+if KEYS[3] then head = redis.call('GET', KEYS[3]) or '0-0' end
+local id, ms, number, run = string.match(head, '((%d+)-(%d+)) ?(.*)')
 if string.find(run, ARGV[4], 1, true) ~= 1 then
     run = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
     redis.pcall('SET', KEYS[3], id .. ' ' .. run)
 end
 if #ARGV == 4 then return {now, id, run} end
-local ms, number = string.match(id, '(%d+)-(%d+)')
 if tonumber(ms) < now then ms, number = now, -1 end
 for i = 5, #ARGV do
     id = KEYS[3] and ms .. '-' .. number + i - 4 or '*'
@@ -2182,17 +2180,18 @@ class _RedisConnection(DSMQClientSideConnection):
         if tls and not url.startswith(("rediss:", "valkeys:")):
             raise ValueError("TLS to a Redis is asked for with rediss://")
         self._url = re.sub("^valkey", "redis", url)
-        login, host = r"(?:[^][/?#@]*@)?", r"(\[[^][/?#@]+\]|[^][/?#@:]*)"
-        known = (
-            rf"(?:unix://{login}(/[^?#]*)|rediss?://{login}{host}(?::(\d+))?(?:/\d*)?)"
-        )
+        login = "(?:[^][/?#@]*@)?"
+        known = rf"(?:unix://{login}(/[^?#]*)|rediss?://{login}"
+        known += r"\[?([\w:.%]+(?=\])|[^][/?#@:\s]*)\]?(?::(\d+))?(?:/\d*)?)"
         # These options would change what replies are.
         known += r"(?:\?(?!(?:.*&)?(?:decode_responses|protocol)=)[^#@]*)?"
         form = re.fullmatch(known, self._url)
         if not form or not url.isascii():  # of which the package shows the password
-            text = f"{_shown(url.partition('://')[0])}:// begins no Redis URL, which is"
-            text += " redis://[user:password@]host[:port][/database][?options]"
-            raise ValueError(f"{text}, with any /?#@ in a password as %2F and so on")
+            text = f"{_shown(url.partition('://')[0])}:// begins no Redis URL, as does"
+            text += (
+                " redis://[user:password@]host[:port][/database][?options], in ASCII"
+            )
+            raise ValueError(f"{text}, and any /?#@ in a password as %2F and so on")
         host, port = form[1] or form[2] or "localhost", int(form[3] or 6379)
         super().__init__(host, port, timeout, None, tls, since)
 
@@ -2255,8 +2254,7 @@ class _RedisConnection(DSMQClientSideConnection):
             pool = redis.Redis.from_url(self._url, **options)
             client, close = pool.client(), pool.close
         made = SimpleNamespace(client=client, close=close, shut=close, seconds=seconds)
-        made.run, made.looked, made.ask_error = "", -math.inf, redis.exceptions.AskError
-        link.connection = made
+        made.run, made.looked, link.connection = "", -math.inf, made
         self._check_usable()  # another thread may have closed it just before
         if not self._nodes:
             info = client.info()
@@ -2285,15 +2283,11 @@ class _RedisConnection(DSMQClientSideConnection):
 
     def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:
         """What the server that has the key answers."""
-        server = client = link.connection.client
+        client, where = link.connection.client, {}
+        if self._nodes:  # whose client would ask where a command has its key
+            where["target_nodes"] = client.get_node_from_key(key)
         link.ready = False  # until the whole reply is in
-        try:
-            if self._nodes:  # whose client would ask where a command has its key
-                server = client.get_redis_connection(client.get_node_from_key(key))
-            reply = server.execute_command(*command)
-        except link.connection.ask_error:
-            # A slot on the move. The link is not ready, so the next call has a new map.
-            return client.execute_command(*command)
+        reply = client.execute_command(*command, **where)
         link.ready = True
         return reply
 
@@ -2303,9 +2297,8 @@ class _RedisConnection(DSMQClientSideConnection):
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
         keys = [key, key + link.name, "dsmq:head"][: 2 if self._nodes else 3]
-        # Its number is known as long as this call may send it again.
-        known = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
-        times = int(TIME_TO_LIVE_SECONDS), int(known) + 1
+        # The number is known for longer than this call may send it again.
+        times = int(TIME_TO_LIVE_SECONDS), int(min(self._timeout, LONGEST_SECONDS)) + 60
         rest = link.sequence, *times, link.connection.run, *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
@@ -2317,13 +2310,12 @@ class _RedisConnection(DSMQClientSideConnection):
         count = min(self._count, wanted or 100)
         self._count = max(count // 2, 1)  # unless this one gets through
         if wanted is None:
-            newest = "XREVRANGE", key, "+", b"(" + place, "COUNT", 1
-            rows = self._ask(link, key, *newest)
+            rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:
             seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
             block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
-            oldest = "XREAD", "COUNT", count, *block, "STREAMS", key, place
-            found = self._ask(link, key, *oldest)
+            what = "COUNT", count, *block, "STREAMS", key, place
+            found = self._ask(link, key, "XREAD", *what)
             rows = found[0][1] if found else []
         ids = [_redis_id(id_) for id_, _ in rows]
         texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
