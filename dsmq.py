@@ -1980,73 +1980,67 @@ def connect(
 
 # ------------------------------------------------------------ past one machine (Redis)
 
-# In Redis, a topic's messages are in a stream, {dsmq:topic}, with ids of milliseconds
-# and a number; the number of a client's last put is for a while in {dsmq:topic}client,
-# which the braces keep on the same node of a cluster. On a single server dsmq:head is
-# the newest id over all topics, and dsmq:run the run of the server (another one after a
-# restart), from which id on it has put (0-0 if all was lost), and since when.
-_REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 _REDIS_LOOK_SECONDS = 10.0  # between looks at its clock and head
+_REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 
-# Stores messages, all or none. KEYS: the stream, the client's last put and, unless in a
-# cluster, dsmq:head and dsmq:run. ARGV: the put's number, milliseconds to keep its
-# messages and its number, the server's run, and the messages. Without any it gives the
-# time, the head and the run. A lower number than the last comes late, on a connection
-# given up.
+# A topic's messages are in a stream, {dsmq:topic}, with ids of milliseconds and a
+# number; the number of a client's last put is for a while in {dsmq:topic}client, on the
+# same node of a cluster by the braces. On a single server dsmq:head has the newest id
+# over all topics, and the run of the server (another one after a restart), from which
+# id on that has put (0-0 if all was lost), and since when. Redis would make ids from
+# its clock alone, which may step back, and two topics may share a millisecond: made
+# from dsmq:head they tell what was put before a connect.
 #
-# Redis would make an id on a topic without messages from its clock alone. But two
-# topics may share a millisecond, and a clock may step back. Ids made from dsmq:head
-# grow over all topics, as in a dsmq server: they tell what was put before a connect.
+# This stores messages, all or none. KEYS are these, ARGV the put's number (one below
+# the last comes late, on a connection given up), for how many seconds to keep messages
+# and number, the server's run, and the messages. Without any it gives the time, the
+# head (in a cluster, the last id of this millisecond) and the run.
 _REDIS_PUT = """
 local last = redis.call('GET', KEYS[2])
 if last and tonumber(last) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local id = KEYS[3] and redis.call('GET', KEYS[3]) or '0-0'
-local run = KEYS[4] and redis.call('GET', KEYS[4]) or ''
-if KEYS[4] and string.find(run, ARGV[4], 1, true) ~= 1 then
+local head = now .. '-18446744073709551615 cluster 0-0 0'
+if KEYS[3] then head = redis.call('GET', KEYS[3]) or '0-0' end
+local id, ms, number, run = string.match(head, '((%d+)-(%d+)) ?(.*)')
+if string.find(run, ARGV[4], 1, true) ~= 1 then
     run = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
-    redis.pcall('SET', KEYS[4], run)
+    redis.pcall('SET', KEYS[3], id .. ' ' .. run)
 end
 if #ARGV == 4 then return {now, id, run} end
-local ms, number = string.match(id, '(%d+)-(%d+)')
-ms, number = tonumber(ms), tonumber(number)
+if tonumber(ms) < now then ms, number = now, -1 end
 for i = 5, #ARGV do
-    if ms < now then ms, number = now, 0 else number = number + 1 end
-    id = KEYS[3] and string.format('%.0f-%.0f', ms, number) or '*'
+    id = KEYS[3] and ms .. '-' .. number + i - 4 or '*'
     redis.call('XADD', KEYS[1], id, 'message', ARGV[i])
 end
-if KEYS[3] then redis.call('SET', KEYS[3], id) end
-redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
-redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', now - ARGV[2] + 1))
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if KEYS[3] then redis.call('SET', KEYS[3], id .. ' ' .. run) end
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[3])
+redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 
-# What an error of the package becomes, by its class and text. All else (a restart, a
-# failover, a slot on the move) passes: a ConnectionError, so it is retried.
+# What an error of the package becomes, by its class and text.
 _REDIS_ERRORS: dict[str, type[Exception]] = {
     "OutOfMemory|OOM": QueueFull,
     "Authentication": AuthenticationError,
     "InvalidResponse": FrameError,
     "^(ResponseError|NoPermission)(?!.*(BUSY|READONLY|UNBLOCKED))": DSMQError,
+    "": ConnectionError,  # retried: a restart, a failover or a slot on the move passes
 }
 
 
 class _RedisConnection(DSMQClientSideConnection):
     """A client like any other, whose messages are in Redis 6.2 or later.
 
-    On a single server all is as with a dsmq server. In a Redis Cluster each node makes
-    ids from its own clock, so where reading begins is exact only up to the difference
-    between the clocks, and while one that stepped back catches up, what is put to its
-    node may be missed. In a failover Redis may lose messages it had acknowledged.
+    In a Redis Cluster each node makes ids from its own clock: where reading begins is
+    exact only up to the difference between them, and while one that stepped back
+    catches up, what is put to its node may be missed. A failover may lose messages.
     """
 
     _engine = "Redis"
     _encode = staticmethod(str.encode)
     _message_bytes = 72  # that one takes in a request beside its text, at most
-    _time_to_live = TIME_TO_LIVE_SECONDS  # to be the same for all clients
-    _clustered: bool | None = None  # not known yet
-    _nodes: tuple[Any, ...] = ()  # host and port of a cluster's, as last heard of
+    _nodes: tuple[tuple[str, int], ...] = ()  # of a cluster, as last heard of
     _count = 10  # of messages to read at a time
 
     def __init__(
@@ -2054,13 +2048,21 @@ class _RedisConnection(DSMQClientSideConnection):
     ) -> None:
         if port != DEFAULT_PORT or secret is not None:
             raise ValueError("port and password of a Redis belong in its URL")
-        self._url, host, port = _redis_url(url)
-        self._options: _Fields = {"protocol": 2}
-        if self._url.startswith("rediss:"):
-            self._options["ssl_check_hostname"] = True
-            self._options["ssl_ca_certs"] = None if isinstance(tls, bool) else tls
-        elif tls:
+        if tls and not url.startswith(("rediss:", "valkeys:")):
             raise ValueError("TLS to a Redis is asked for with rediss://")
+        self._url = re.sub("^valkey", "redis", url)
+        login = "(?:[^][/?#@]*@)?"
+        known = rf"(?:unix://{login}(/[^?#]*)|rediss?://{login}"
+        known += r"\[?([\w:.%]+(?=\])|[^][/?#@:\s]*)\]?(?::(\d+))?(?:/\d*)?)"
+        # These options would change what replies are.
+        known += r"(?:\?(?!(?:.*&)?(?:decode_responses|protocol)=)[^#@]*)?"
+        form = re.fullmatch(known, self._url)
+        if not form or not url.isascii():  # of which the package shows the password
+            scheme = _shown(url.partition("://")[0])
+            right = "redis://[user:password@]host[:port][/database][?options]"
+            text = f"{scheme}:// begins no Redis URL: it is like {right}, in ASCII"
+            raise ValueError(f"{text}, with any /?#@ in a password as %2F and so on")
+        host, port = form[1] or form[2] or "localhost", int(form[3] or 6379)
         super().__init__(host, port, timeout, None, tls, since)
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
@@ -2075,24 +2077,22 @@ class _RedisConnection(DSMQClientSideConnection):
         try:
             made = link.connection
             if made and time.monotonic() > made.looked + _REDIS_LOOK_SECONDS:
-                link.ready = False
                 self._look(link)
-                link.ready = True
             return work(link)
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
             if not type(error).__module__.startswith("redis."):
                 raise
             cause: BaseException | None = error
-            while cause is not None and cause is not before:
+            while cause and cause is not before:
                 if isinstance(cause, FileNotFoundError):  # there is no such Unix socket
                     raise ConnectionRefusedError(str(error)) from None
                 if isinstance(cause, OSError):
                     raise cause from None
                 cause = cause.__cause__ or cause.__context__
             said = f"{type(error.__cause__ or error).__name__} {error}"[:500]
-            kinds = [k for words, k in _REDIS_ERRORS.items() if re.search(words, said)]
-            raise (kinds or [ConnectionError])[0](said) from None
+            kinds = (k for words, k in _REDIS_ERRORS.items() if re.search(words, said))
+            raise next(kinds)(said) from None
 
     def _connect(self, link: _Link) -> None:
         """One of the package's clients, for one call at a time, and none after a call
@@ -2104,64 +2104,60 @@ class _RedisConnection(DSMQClientSideConnection):
         # Half of the time, so that a connection forgotten on the way is made anew.
         seconds = min(max(link.end - time.monotonic(), 0.002), LONGEST_SECONDS) / 2
         options: _Fields = {
-            **self._options,
+            "protocol": 2,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
             # Redis looks for waits that are over ten times a second.
             "socket_timeout": seconds + 0.1,
             "socket_connect_timeout": seconds / (1 + len(self._nodes)),
         }
-        if self._clustered is None:
-            with redis.Redis.from_url(self._url, **options) as client:
-                self._clustered = client.info("cluster")["cluster_enabled"] == 1
-        if self._clustered:
-            nodes = [redis.cluster.ClusterNode(*node) for node in self._nodes]
+        if self._url.startswith("rediss:"):
+            trusted = None if isinstance(self._tls, bool) else self._tls
+            options |= {"ssl_check_hostname": True, "ssl_ca_certs": trusted}
+        if self._nodes:
+            node = redis.cluster.ClusterNode
+            options["startup_nodes"] = [node(*place) for place in self._nodes]
             self._nodes = self._nodes[1:] + self._nodes[:1]  # the first may be silent
-            options["startup_nodes"] = nodes
             client = redis.RedisCluster.from_url(self._url, **options)
             self._nodes = tuple((node.host, node.port) for node in client.get_nodes())
             close = client.disconnect_connection_pools
-        else:
-            client = redis.Redis.from_url(self._url, **options)
-            close = client.close
-            client = client.client()  # one connection, not made anew unnoticed
+        else:  # one connection, not made anew unnoticed
+            pool = redis.Redis.from_url(self._url, **options)
+            client, close = pool.client(), pool.close
         made = SimpleNamespace(client=client, close=close, shut=close, seconds=seconds)
-        link.connection = made
+        made.run, made.looked, link.connection = "", -math.inf, made
         self._check_usable()  # another thread may have closed it just before
-        made.run = "" if self._clustered else client.info("server")["run_id"]
-        self._look(link)
+        if not self._nodes:
+            info = client.info()
+            made.run = info["run_id"]
+            if info["cluster_enabled"]:
+                link.drop()
+                self._nodes = ((self._host, self._port),)
+                self._connect(link)
 
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
-        made, known = link.connection, self._server
-        made.looked = time.monotonic()
-        now, id_, name = self._store(b"{dsmq:}", [], link)
-        made.ahead = now / 1000 - made.looked
-        start, link.server = _redis_id(id_), name.decode() or "cluster"
-        run, began, _ = name.split() if name else (b"", b"0-0", b"")
-        if self._clustered:
-            start = (now + 1) * _REDIS_ID - 1
+        made, known, begun = link.connection, self._server, time.monotonic()
+        now, head, name = self._store(b"{dsmq:}", [], link)
+        made.ahead, link.server = now / 1000 - begun, name.decode()
+        run, began, _ = name.split()
+        start = _redis_id(head)
+        if self._nodes:
             time.sleep(0.002)  # what is put after this millisecond gets a higher id
         if self._since:
-            since = now - int(min(self._since, self._time_to_live) * 1000)
+            since = now - int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000)
             start = min(start, since * _REDIS_ID - 1)
         # In the same run it was flushed, and some of what is new may have been read.
-        last = id_ if known and known.startswith(run.decode()) else began
-        ids = start, _redis_id(began), _redis_id(last)
-        self._note_server(known, link.server, *ids)
+        last = head if str(known).startswith(run.decode()) else began
+        self._note_server(known, link.server, start, _redis_id(began), _redis_id(last))
+        made.looked = begun
 
     def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:
         """What the server that has the key answers."""
-        server = client = link.connection.client
+        client, where = link.connection.client, {}
+        if self._nodes:  # whose client would ask where a command has its key
+            where["target_nodes"] = client.get_node_from_key(key)
         link.ready = False  # until the whole reply is in
-        try:
-            if self._clustered:  # which itself would ask where a command has its key
-                server = client.get_redis_connection(client.get_node_from_key(key))
-            reply = server.execute_command(*command)
-        except Exception as error:
-            if type(error).__name__ != "AskError":
-                raise
-            # A slot on the move. The link is not ready, so the next call has a new map.
-            return client.execute_command(*command)
+        reply = client.execute_command(*command, **where)
         link.ready = True
         return reply
 
@@ -2170,12 +2166,10 @@ class _RedisConnection(DSMQClientSideConnection):
         return b"{dsmq:%b}" % topic.encode()
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
-        own = [] if self._clustered else ["dsmq:head", "dsmq:run"]
-        keys = [key, key + link.name, *own]
-        # As long as this call may send it again.
-        remembered = max(REMEMBERED_SECONDS, min(self._timeout, LONGEST_SECONDS))
-        times = [int(s * 1000) for s in (self._time_to_live, remembered)]
-        rest = [link.sequence, *times, link.connection.run, *load]
+        keys = [key, key + link.name, "dsmq:head"][: 2 if self._nodes else 3]
+        # The number is known for longer than this call may send it again.
+        times = int(TIME_TO_LIVE_SECONDS), int(min(self._timeout, LONGEST_SECONDS)) + 60
+        rest = link.sequence, *times, link.connection.run, *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
@@ -2183,89 +2177,63 @@ class _RedisConnection(DSMQClientSideConnection):
     ) -> _Messages:
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
-        if wanted is None:
-            newest = "XREVRANGE", key, "+", b"(" + place, "COUNT", 1
-            return self._messages(link, self._ask(link, key, *newest))
         count = min(self._count, wanted or 100)
         self._count = max(count // 2, 1)  # unless this one gets through
-        seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
-        block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
-        oldest = "XREAD", "COUNT", count, *block, "STREAMS", key, place
-        found = self._ask(link, key, *oldest)
-        ids, texts, expires = self._messages(link, found[0][1] if found else [])
-        mean_bytes = sum(map(len, texts)) // max(len(texts), 1) + 1
-        self._count = min(2 * count, FIRST_READ_AHEAD_BYTES // mean_bytes + 1, 100)
-        return ids, texts, expires
-
-    def _messages(self, link: _Link, rows: list[Any]) -> _Messages:
+        if wanted is None:
+            rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
+        else:
+            seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
+            block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
+            what = "COUNT", count, *block, "STREAMS", key, place
+            found = self._ask(link, key, "XREAD", *what)
+            rows = found[0][1] if found else []
         ids = [_redis_id(id_) for id_, _ in rows]
         texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
+        mean_bytes = sum(map(len, texts)) // max(len(texts), 1) + 1
+        self._count = min(2 * count, FIRST_READ_AHEAD_BYTES // mean_bytes + 1, 100)
         begun = ids[0] // _REDIS_ID / 1000 if ids else 0.0
-        return ids, texts, begun + self._time_to_live - link.connection.ahead
+        return ids, texts, begun + TIME_TO_LIVE_SECONDS - link.connection.ahead
 
     def _expired(self, link: _Link) -> int:
         now = time.monotonic() + link.connection.ahead
-        return (int((now - self._time_to_live) * 1000) + 1) * _REDIS_ID - 1
+        return (int((now - TIME_TO_LIVE_SECONDS) * 1000) + 1) * _REDIS_ID - 1
 
     def stats(self) -> _Fields:
         """As of a dsmq server, over all nodes. `version` and `clients` are those of
         Redis, `max_bytes` is its maxmemory, 0 for none. Looks at each of its keys."""
-        topics: dict[str, dict[str, int]] = {}
 
-        def ask(link: _Link) -> Any:
+        def ask(link: _Link) -> _Fields:
             client, oldest = link.connection.client, self._expired(link) // _REDIS_ID
             link.ready = False
-            nodes = client.get_primaries() if self._clustered else ()
+            nodes = client.get_primaries() if self._nodes else ()
             servers = [client.get_redis_connection(n) for n in nodes] or [client]
-            topics.clear()
+            topics = {}
             for server in servers:
                 for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
                     server.xtrim(key, minid=oldest + 1, approximate=False)
-                    size = server.memory_usage(key)
+                    size = server.memory_usage(key) or 0
                     if messages := server.xlen(key):
                         name = key[len("{dsmq:") : -1].decode(errors="replace")
-                        topics[name] = {"messages": messages, "bytes": size or 0}
+                        topics[name] = {"messages": messages, "bytes": size}
             infos = [server.info() for server in servers]
             link.ready = True
-            return infos
+            return {
+                "version": infos[0]["redis_version"],
+                "uptime": float(infos[0]["uptime_in_seconds"]),
+                "clients": sum(info["connected_clients"] for info in infos),
+                "messages": sum(size["messages"] for size in topics.values()),
+                "bytes": sum(size["bytes"] for size in topics.values()),
+                "time_to_live": TIME_TO_LIVE_SECONDS,
+                "max_bytes": sum(info["maxmemory"] for info in infos),
+                "topics": topics,
+            }
 
-        infos = self._call(ask)
-        return {
-            "version": infos[0]["redis_version"],
-            "uptime": float(infos[0]["uptime_in_seconds"]),
-            "clients": sum(info["connected_clients"] for info in infos),
-            "messages": sum(size["messages"] for size in topics.values()),
-            "bytes": sum(size["bytes"] for size in topics.values()),
-            "time_to_live": self._time_to_live,
-            "max_bytes": sum(info["maxmemory"] for info in infos),
-            "topics": topics,
-        }
+        return self._call(ask)
 
     def shutdown_server(self) -> None:
         """Raises DSMQError: others may be using the Redis."""
         self._check_usable()
         raise DSMQError("a Redis is not stopped by its clients")
-
-
-def _redis_url(url: str) -> tuple[str, str, int]:
-    """The URL as the package takes it, and the place as error messages name it."""
-    import urllib.parse
-
-    scheme, _, rest = url.partition("://")
-    if scheme not in ("redis", "rediss", "unix", "valkey", "valkeys"):
-        raise ValueError(f"{_shown(scheme)}:// is no scheme known here")
-    url = f"{scheme.replace('valkey', 'redis')}://{rest}"
-    with contextlib.suppress(ValueError):  # whose text may show a part of the password
-        parts = urllib.parse.urlsplit(url)
-        place = parts.hostname or "localhost", parts.port or 6379
-        if scheme == "unix":
-            return url, parts.path, 0
-        options = urllib.parse.parse_qs(parts.query)
-        own = "@" in parts.query or {"decode_responses", "protocol"} & {*options}
-        if re.fullmatch(r"/?\d*", parts.path) and not parts.fragment and not own:
-            return url, *place
-    text = "a Redis URL is redis://[user:password@]host[:port][/database][?options]"
-    raise ValueError(f"{text}, with any /?#@ in a password as %2F and so on")
 
 
 def _redis_id(text: bytes) -> int:
