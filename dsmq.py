@@ -1985,11 +1985,11 @@ _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 
 # A topic's messages are in a stream, {dsmq:topic}, with ids of milliseconds and a
 # number; the number of a client's last put is for a while in {dsmq:topic}client, on the
-# same node of a cluster by the braces. On a single server dsmq:head has the newest id
-# over all topics, and the run of the server (another one after a restart), from which
-# id on that has put (0-0 if all was lost), and since when. Redis would make ids from
-# its clock alone, which may step back, and two topics may share a millisecond: made
-# from dsmq:head they tell what was put before a connect.
+# same node of a cluster by the braces. On a single server dsmq:head is the newest id
+# over all topics, and dsmq:run the run of the server (another one after a restart),
+# from which id on that has put (0-0 if all was lost), and since when. Redis would make
+# ids from its clock alone, which may step back, and two topics may share a millisecond:
+# made from dsmq:head they tell what was put before a connect.
 #
 # This stores messages, all or none. KEYS are these, ARGV the put's number (one below
 # the last comes late, on a connection given up), for how many seconds to keep messages
@@ -2000,20 +2000,22 @@ local last = redis.call('GET', KEYS[2])
 if last and tonumber(last) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local head = now .. '-18446744073709551615 cluster 0-0 0'
-if KEYS[3] then head = redis.call('GET', KEYS[3]) or '0-0' end
-local id, ms, number, run = string.match(head, '((%d+)-(%d+)) ?(.*)')
+local id, run = now .. '-18446744073709551615', 'cluster 0-0 0'
+if KEYS[3] then
+    id, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4]) or ''
+end
 if string.find(run, ARGV[4], 1, true) ~= 1 then
     run = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
-    redis.pcall('SET', KEYS[3], id .. ' ' .. run)
+    redis.pcall('SET', KEYS[4], run)
 end
 if #ARGV == 4 then return {now, id, run} end
+local ms, number = string.match(id, '(%d+)-(%d+)')
 if tonumber(ms) < now then ms, number = now, -1 end
 for i = 5, #ARGV do
     id = KEYS[3] and ms .. '-' .. number + i - 4 or '*'
     redis.call('XADD', KEYS[1], id, 'message', ARGV[i])
 end
-if KEYS[3] then redis.call('SET', KEYS[3], id .. ' ' .. run) end
+if KEYS[3] then redis.call('SET', KEYS[3], id) end
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[3])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
@@ -2166,7 +2168,7 @@ class _RedisConnection(DSMQClientSideConnection):
         return b"{dsmq:%b}" % topic.encode()
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
-        keys = [key, key + link.name, "dsmq:head"][: 2 if self._nodes else 3]
+        keys = key, key + link.name, *(() if self._nodes else ("dsmq:head", "dsmq:run"))
         # The number is known for longer than this call may send it again.
         times = int(TIME_TO_LIVE_SECONDS), int(min(self._timeout, LONGEST_SECONDS)) + 60
         rest = link.sequence, *times, link.connection.run, *load
