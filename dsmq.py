@@ -1514,39 +1514,20 @@ class _Link:
 
 
 class _Reader:
-    """A topic's cursor, and the messages after it that have been read already.
+    """Where a client stands in a topic."""
 
-    The first of `ids` is where it began; `next` is the place of the first not handed
-    out. To hand some out is to move `next`, in one store of one attribute: an interrupt
-    comes before or after it.
-    """
+    __slots__ = "last", "unread"
 
-    __slots__ = "expires", "ids", "next", "texts"
-
-    def __init__(
-        self,
-        after: int,
-        ids: Iterable[int] = (),
-        texts: Iterable[str] = (),
-        expires: float = math.inf,
-    ) -> None:
-        self.ids, self.texts = [after, *ids], ["", *texts]
-        self.expires = expires  # monotonic time at which the oldest unread expires
-        self.next = 1
+    def __init__(self, last: int) -> None:
+        self.last = last  # id of the newest message read, be it handed out or not
+        # Those not handed out yet, the oldest at the end: the id before it, its text,
+        # and the monotonic time at which the first of its reply expires.
+        self.unread: list[tuple[int, str, float]] = []
 
     @property
     def cursor(self) -> int:
-        """The id of the last message handed out, or where the reader began."""
-        return self.ids[self.next - 1]
-
-    def extended(self, ids: list[int], texts: list[str], expires: float) -> _Reader:
-        """With the messages not in it yet, of a read that began within it or before."""
-        known = bisect.bisect_right(ids, self.ids[-1])
-        unread = slice(self.next, None)
-        if self.next < len(self.ids):
-            expires = min(expires, self.expires)
-        ids, texts = self.ids[unread] + ids[known:], self.texts[unread] + texts[known:]
-        return _Reader(self.cursor, ids, texts, expires)
+        """An id up to which all has been handed out, and nothing above it."""
+        return self.unread[-1][0] if self.unread else self.last
 
 
 class DSMQClientSideConnection:
@@ -1591,7 +1572,6 @@ class DSMQClientSideConnection:
         # For one reply: as much as the line carries in two seconds.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
-        self._turn = 0  # grows with each change of cursors, to tell a signal handler's
         self._tidy_at = 100  # cursors, to look which are needed no more
         self._begin()
         self._call(lambda link: None)
@@ -1628,7 +1608,8 @@ class DSMQClientSideConnection:
     def __getstate__(self) -> _Fields:
         own = ("_lock", "_links", "_idle")
         state = {k: v for k, v in self.__dict__.items() if k not in own}
-        cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
+        with self._lock:
+            cursors = {t: _Reader(r.cursor) for t, r in self._cursors.items()}
         return {**state, "_cursors": cursors}
 
     def __setstate__(self, state: _Fields) -> None:
@@ -1726,11 +1707,12 @@ class DSMQClientSideConnection:
             if known is None or self._start > last:
                 self._start = head if known is None else begin
             for reader in self._cursors.values():
-                if reader.ids[-1] > last:
-                    after = min(reader.ids[-1], begin)
-                    reader.ids = [after] * len(reader.ids)
+                if reader.last > last:
+                    after = min(reader.last, begin)
+                    for i, (_, text, expires) in enumerate(reader.unread):
+                        reader.unread[i] = after, text, expires
+                    reader.last = after
             self._server = name
-            self._turn += 1
 
     def _named(self, error: OSError) -> OSError:
         where = f"{self._engine} at {self._host}:{self._port}"
@@ -1812,16 +1794,13 @@ class DSMQClientSideConnection:
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
         """All unread messages of `topic` there are, at once, up to `limit`."""
         _check_number("limit", limit, 1, MAX_INTEGER, whole=True)
-        key, fetched = self._key(topic), False
-        self._check_usable()
+        key, now = self._key(topic), time.monotonic()
         while True:
             with self._lock:
-                reader = self._reader(topic, fetched)
-                missing = limit - (len(reader.ids) - reader.next)
+                missing = limit - len(self._reader(topic, now).unread)
             fetch = partial(self._fetch, topic, key, 0.0, missing)
             if missing <= 0 or not self._call(fetch):
-                return self._take(topic, limit, fetched)
-            fetched = True
+                return self._take(topic, limit, now)
 
     def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
         """Iterates over the messages of `topic` as they come; ends when for `timeout`
@@ -1832,85 +1811,80 @@ class DSMQClientSideConnection:
 
     def _next(self, topic: str, seconds: float) -> str | None:
         """The next message; waits for it up to so many seconds."""
-        known = type(topic) is str and topic in self._cursors
-        if known and (messages := self._take(topic, 1)):
-            return messages[0]
-        end = time.monotonic() + seconds
+        now = time.monotonic()
+        end, known = now + seconds, type(topic) is str and topic in self._cursors
+        if known and (texts := self._take(topic, 1, now)):
+            return texts[0]
         key = self._key(topic)
         while True:
-            wait = max(end - time.monotonic(), 0.0) if seconds else 0.0
-            if self._call(partial(self._fetch, topic, key, wait, 0)):
-                if messages := self._take(topic, 1, True):
-                    return messages[0]
+            fetch = partial(self._fetch, topic, key, max(end - now, 0.0), 0)
+            if self._call(fetch):
+                if texts := self._take(topic, 1, now):
+                    return texts[0]
             elif time.monotonic() >= end:
                 return None
+            now = time.monotonic()
 
-    def _reader(self, topic: str, fetched: bool = True) -> _Reader:
-        """Where the topic's reader stands. What was read ahead, and not only just now,
-        is dropped when it expires."""
-        reader = self._cursors.get(topic)
-        if reader is None:
-            return _Reader(self._start)
-        if not fetched and reader.expires <= time.monotonic():
-            reader = self._cursors[topic] = _Reader(reader.cursor)
+    def _reader(self, topic: str, now: float) -> _Reader:
+        """The topic's reader, or a new one; what was read ahead is dropped if it had
+        expired at that time."""
+        reader = self._cursors.get(topic) or _Reader(self._start)
+        if reader.unread and reader.unread[-1][2] < now:
+            reader.last = reader.unread[-1][0]
+            del reader.unread[:]
         return reader
 
-    def _take(self, topic: str, limit: int, fetched: bool = False) -> list[str]:
-        """Hands out messages read ahead, up to `limit`."""
-        self._check_usable()
-        texts: list[str] = []
-        begin = end = 0
+    # Other threads are kept out by the lock, but not a signal handler of this one, nor
+    # an interrupt. They strike in and after calls, and where a loop turns; between such
+    # moments each change of a reader is a whole.
+
+    def _take(self, topic: str, limit: int, now: float) -> list[str]:
+        """Hands out messages read ahead, up to `limit`. What has been read since `now`
+        is good, however soon it expires."""
+        if self.closed:
+            self._check_usable()
+        taken: list[tuple[int, str, float]] = []
         try:
             with self._lock:
-                while True:
-                    turn, reader = self._turn, self._reader(topic, fetched)
-                    begin = reader.next
-                    end = min(begin + limit, len(reader.ids))
-                    texts = reader.texts[begin:end]
-                    if self._turn == turn:  # no signal handler has read meanwhile
-                        self._turn = turn + 1
-                        reader.next = end
-                        reader.texts[begin:end] = [""] * len(texts)  # memory goes now
-                        return texts
+                unread = self._reader(topic, now).unread
+                taken = unread[-limit:]
+                del unread[-limit:]
+            return [text for _, text, _ in reversed(taken)]
         except BaseException:
-            # Interrupted after the cursor moved: the caller never gets them, so they
-            # are still to be handed out.
-            if texts and reader.next == end:
-                reader.texts[begin:end] = texts
-                reader.next = begin
+            if taken:  # the caller never gets them, so they are still to be handed out
+                unread += taken
             raise
 
     def _fetch(
         self, topic: str, key: bytes, wait: float, wanted: int | None, link: _Link
     ) -> bool:
         """Reads messages ahead, waiting for the first: as many as seems good (wanted is
-        0), at least so many, or the newest alone (None). Whether there were any."""
+        0), at least so many, or the newest alone (None). False if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         with self._lock:
-            after = self._start
-            if topic in self._cursors:
-                reader = self._reader(topic, fetched=False)
-                if wanted == 0 and reader.next < len(reader.ids):
-                    return True  # another thread has just read it ahead
-                after = reader.cursor if wanted is None else reader.ids[-1]
+            reader = self._cursors.get(topic) or _Reader(self._start)
+            if wanted == 0 and reader.unread:
+                return True  # another thread has just read it ahead
+            after = reader.cursor if wanted is None else reader.last
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
             return False
+        if wanted is None:
+            after = ids[0] - 1
+        unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
         with self._lock:
-            while self._server == link.server:  # else they are of its predecessor
-                turn, reader = self._turn, self._reader(topic)
-                if wanted is not None:
-                    new = reader.extended(ids, texts, expires)
-                elif ids[0] > reader.cursor:
-                    new = _Reader(ids[0] - 1, ids, texts, expires)
-                else:  # another thread has it, or a newer one
-                    return False
-                # No call from here on, in which a signal handler could read.
-                if self._turn == turn:
-                    self._turn = turn + 1
-                    self._cursors[topic] = new
-                    break
+            if self._server != link.server:
+                return True  # they are of its predecessor
+            if topic in self._cursors:
+                reader = self._cursors[topic]
+            self._cursors[topic] = reader
+            if wanted is None:
+                if after < (reader.unread[-1][0] if reader.unread else reader.last):
+                    return False  # another thread has it, or a newer one
+                reader.last, reader.unread = after, []
+            if reader.last == after:  # else another thread was faster
+                reader.unread[:0], reader.last = unread, ids[-1]
         return True
 
     def _tidy(self, link: _Link) -> None:
@@ -1919,7 +1893,7 @@ class DSMQClientSideConnection:
         with self._lock:
             if self._server == link.server:  # whose ids these are
                 for topic, reader in [*self._cursors.items()]:
-                    if reader.ids[-1] <= expired and reader.next == len(reader.ids):
+                    if reader.last <= expired and not reader.unread:
                         del self._cursors[topic]
                 self._tidy_at = 2 * len(self._cursors) + 100
 
