@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import _thread
 import bisect
+import collections
 import contextlib
 import errno
 import importlib
@@ -1472,10 +1473,9 @@ class _Link:
     """
 
     sequence = 0
-    end = 0.0  # of the call under way, a monotonic time
+    end = 0.0  # monotonic time at which a reply is given up
     connection: Any = None  # a FrameSocket, or what another engine dials
     server = ""  # the name of the one at the other end
-    fresh = False  # made by the call under way
     # Not so from before a request until its reply is in: wherever an interrupt strikes,
     # no later request can meet an earlier one's reply.
     ready = False
@@ -1483,17 +1483,11 @@ class _Link:
     def __init__(self) -> None:
         self.name = os.urandom(16).hex().encode()
 
-    def exchange(self, request: bytes, wait: float = 0.0) -> _Fields:
-        """The server's reply to a request, which it may let wait so many seconds."""
-        end = self.end
-        if not self.fresh:
-            # It may have been forgotten on the way (by a NAT, in a suspend), which
-            # nobody tells: half of the time is left for a new one.
-            now = time.monotonic() + wait
-            end = now + min((end - now) / 2, 60.0)
+    def exchange(self, request: bytes) -> _Fields:
+        """The server's reply to a request."""
         self.ready = False
-        self.connection.send(request, end)
-        body = self.connection.receive(end)
+        self.connection.send(request, self.end)
+        body = self.connection.receive(self.end)
         self.ready = True
         if body is None:
             raise ConnectionResetError("the server closed the connection")
@@ -1527,7 +1521,8 @@ class _Reader:
     @property
     def cursor(self) -> int:
         """An id up to which all has been handed out, and nothing above it."""
-        return self.unread[-1][0] if self.unread else self.last
+        last, oldest = self.last, self.unread[-1:]  # in this order, for want of a lock
+        return oldest[0][0] if oldest else last
 
 
 class DSMQClientSideConnection:
@@ -1588,9 +1583,10 @@ class DSMQClientSideConnection:
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
         # Connections: all (weakly, or one lost to an interrupt between two lines of
-        # `_call` would stay open), and those not in use.
+        # `_call` would stay open), and those not in use. Of many threads that called at
+        # the same moment, most may not again.
         self._links: set[weakref.ref[_Link]] = set()
-        self._idle: list[_Link] = []
+        self._idle: collections.deque[_Link] = collections.deque(maxlen=16)
         _forked.add(self)
 
     def _leave_to_parent(self) -> None:
@@ -1608,8 +1604,7 @@ class DSMQClientSideConnection:
     def __getstate__(self) -> _Fields:
         own = ("_lock", "_links", "_idle")
         state = {k: v for k, v in self.__dict__.items() if k not in own}
-        with self._lock:
-            cursors = {t: _Reader(r.cursor) for t, r in self._cursors.items()}
+        cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
         return {**state, "_cursors": cursors}
 
     def __setstate__(self, state: _Fields) -> None:
@@ -1623,40 +1618,38 @@ class DSMQClientSideConnection:
         until `timeout` has passed."""
         if self.closed:
             self._check_usable()
-        pause = RETRY_PAUSE_SECONDS
+        begun, pause = time.monotonic(), RETRY_PAUSE_SECONDS
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
         except IndexError:
             link = _Link()
             self._links.add(weakref.ref(link, self._links.discard))
         link.sequence += 1  # once for all tries, so that the server knows a put again
-        link.end = time.monotonic() + self._timeout
+        # It may have been forgotten on the way (by a NAT, in a suspend), which nobody
+        # tells: half of the time is left for a new one.
+        link.end = begun + min(self._timeout / 2, 60.0)
         try:
             while True:
                 try:
                     if not link.ready or link.server != self._server:
                         link.drop()
+                        link.end = begun + self._timeout
                         self._dial(link)
-                        link.ready = link.fresh = True
                     return work(link)
                 except OSError as error:
                     link.drop()
                     self._check_usable()
+                    left = begun + self._timeout - time.monotonic()
+                    if left < 0.01 * self._timeout or _is_final(error):
+                        raise self._named(error) from error
                     # Shorter and shorter towards the end, so that the time is used up;
                     # and never long, so that a server that has just started is found.
-                    left = 0.0 if _is_final(error) else link.end - time.monotonic()
-                    time.sleep(max(min(pause, left / 2), 0.0))
-                    if left < 0.01 * self._timeout or time.monotonic() >= link.end:
-                        raise self._named(error) from error
+                    time.sleep(min(pause, left / 2))
                     pause = min(2 * pause, 0.25)
         finally:
-            link.fresh = False
             if not link.ready or self.closed:  # by another thread, meanwhile
                 link.drop()
-            if len(self._idle) < 16:
-                self._idle.append(link)
-            else:  # many threads called at the same moment, and may not again
-                link.drop()
+            self._idle.append(link)
 
     def _dial(self, link: _Link) -> None:
         """Connects a link; begins anew if it finds another server than before.
@@ -1671,17 +1664,20 @@ class DSMQClientSideConnection:
         link.connection = _connected(self._host, self._port, link.end)
         self._check_usable()  # another thread may have closed it before it was there
         if self._tls is not False:
-            context = _client_context(self._tls)
+            import ssl
+
+            cafile = None if isinstance(self._tls, bool) else self._tls
+            context = ssl.create_default_context(cafile=cafile)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
             link.connection.start_tls(context, link.end, self._host)
-        link.fresh, nonce = True, os.urandom(32).hex()
+        nonce = os.urandom(32).hex()
         hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
-        if not known:  # JSON knows no infinity
-            hello["since"] = min(self._since, 1e9)
-        if self._secret is not None:
+        hello["since"] = min(self._since, 1e9)  # JSON knows no infinity
+        if self._secret:
             hello["nonce"] = nonce
         reply = link.exchange(encode_object(hello))
         limit = max(_reply_integer(reply, "max_frame_bytes"), MIN_FRAME_BYTES)
-        if self._secret is not None:
+        if self._secret:
             challenge = str(reply.get("challenge"))
             proof = _proof(self._secret, "server", nonce, challenge)
             if not _same(reply.get("proof"), proof):
@@ -1729,11 +1725,9 @@ class DSMQClientSideConnection:
         if isinstance(error, socket.gaierror):
             text = f"no address for {_shown(self._host)}: {error.strerror}"
             return socket.gaierror(error.errno, text)
-        if "SSL" in type(error).__name__ and not isinstance(error, ValueError):
-            return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
-        if errno.errorcode.get(error.errno or 0, "").endswith(("UNREACH", "DOWN")):
-            return ConnectionError(f"the {where} cannot be reached: {error}")
-        return error  # of a file or a certificate
+        if isinstance(error, ValueError) or error.filename:
+            return error  # of a certificate, or its file
+        return ConnectionError(f"the {where} cannot be reached: {error}")
 
     # Putting
 
@@ -1788,7 +1782,7 @@ class DSMQClientSideConnection:
         """The newest unread message of `topic`, or at once "" if there is none. The
         older ones stay unread for ever."""
         if self._call(partial(self._fetch, topic, self._key(topic), 0.0, None)):
-            return (self._take(topic, 1, True) or [""])[0]
+            return (self._take(topic, 1, 0.0) or [""])[0]
         return ""
 
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
@@ -1863,16 +1857,19 @@ class DSMQClientSideConnection:
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         with self._lock:
-            reader = self._cursors.get(topic) or _Reader(self._start)
-            if wanted == 0 and reader.unread:
-                return True  # another thread has just read it ahead
-            after = reader.cursor if wanted is None else reader.last
+            after = self._start
+            if topic in self._cursors:
+                reader = self._cursors[topic]
+                if wanted == 0 and reader.unread:
+                    return True  # another thread has just read it ahead
+                after = reader.cursor if wanted is None else reader.last
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
             return False
         if wanted is None:
             after = ids[0] - 1
         unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
+        reader = _Reader(after)
         with self._lock:
             if self._server != link.server:
                 return True  # they are of its predecessor
@@ -1930,21 +1927,16 @@ class DSMQClientSideConnection:
         if wanted is None:
             request = b'{"action":"get_latest","topic":%b,"after":%d}' % (key, after)
             return _reply_messages(link.exchange(encode_frame(request)), after, begun)
-        # A slow line had better carry what is asked for, and no more.
-        slow = wanted and budget < FIRST_READ_AHEAD_BYTES
-        limit = wanted if slow else max(wanted, 1000)
         # Half of the time that is left, so that an answer that does not come is told
         # from one that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
+        limit = max(wanted, 1000)
         what = b'"topic":%b,"after":%d,"limit":%d,' % (key, after, limit)
         how = b'"limit_bytes":%d,"wait":%.6f}' % (budget, wait)
         request = encode_frame(b'{"action":"get",', what, how)
-        try:
-            reply = link.exchange(request, wait)
-        except OSError:
-            # A line that breaks now and then may never carry a long reply.
-            self._read_ahead_bytes = max(budget // 2, 1)
-            raise
+        # A line that breaks now and then may never carry a long reply.
+        self._read_ahead_bytes = budget // 2 + 1  # unless this one gets through
+        reply = link.exchange(request)
         line = int(2 * link.connection.bytes_per_second) or budget  # if it was short
         line = min(line, 4 * budget, READ_AHEAD_BYTES)
         self._read_ahead_bytes = max(line, LEAST_READ_AHEAD_BYTES)
@@ -1985,9 +1977,7 @@ class DSMQClientSideConnection:
             link = reference()
             if link and (connection := link.connection):  # which its call may drop
                 connection.shut()
-        with contextlib.suppress(IndexError):  # once there is none
-            while True:
-                self._idle.pop().drop()
+        self._idle.clear()  # who is in none of them is dropped at once
 
     def __enter__(self) -> DSMQClientSideConnection:
         return self
@@ -2006,22 +1996,13 @@ def _connected(host: str, port: int, end: float) -> FrameSocket:
     return FrameSocket(sock, MAX_FRAME_BYTES)
 
 
-def _client_context(tls: _TLS) -> ssl.SSLContext:
-    import ssl
-
-    context = ssl.create_default_context(cafile=None if isinstance(tls, bool) else tls)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
 def _is_final(error: OSError) -> bool:
     """Whether trying again would give the same."""
     if isinstance(error, socket.gaierror):
         return error.errno != socket.EAI_AGAIN  # of a name server, and may pass
-    name = type(error).__name__  # for ssl is imported only where TLS is used
-    if name.startswith("SSL"):
-        return name not in ("SSLEOFError", "SSLZeroReturnError", "SSLSyscallError")
-    return isinstance(error, FrameError)
+    # By their names, for ssl is imported only where TLS is used.
+    final = "FrameError", "SSLError", "SSLCertVerificationError"
+    return type(error).__name__ in final
 
 
 def _reply_integer(reply: _Fields, field: str) -> int:
@@ -2032,20 +2013,15 @@ def _reply_integer(reply: _Fields, field: str) -> int:
 
 
 def _reply_messages(reply: _Fields, after: int, now: float) -> _Messages:
-    ids, texts = reply.get("ids"), reply.get("messages")
-    expires = reply.get("expires", 0)
+    ids: Any = reply.get("ids")
+    texts: Any = reply.get("messages")
     if ids == [] == texts:  # the commonest of all
         return [], [], now
-    if (
-        isinstance(ids, list)
-        and isinstance(texts, list)
-        and len(ids) == len(texts)
-        and {*map(type, ids)} <= {int}
-        and {*map(type, texts)} <= {str}
-        and all(map(operator.lt, [after, *ids], ids))  # each above the one before
-        and type(expires) in (int, float)
-    ):
-        return ids, texts, now + expires
+    with contextlib.suppress(TypeError, KeyError):  # of what is no list, or no number
+        kinds: list[type] = [int] * len(ids) + [str] * len(ids)
+        growing = all(map(operator.lt, [after, *ids], ids))
+        if growing and [*map(type, ids + texts)] == kinds:
+            return ids, texts, now + reply["expires"]
     raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
 
 
@@ -2061,13 +2037,12 @@ def connect(
 ) -> DSMQClientSideConnection:
     """A client connected to the server at `host` and `port`.
 
-    Goes on trying for `timeout` seconds, as every later call does, then raises
-    ConnectionRefusedError, ConnectionError or TimeoutError. With a `secret` client and
-    server prove to each other that they know it, or AuthenticationError is raised.
-    `tls` is True to trust the certificate authorities of the system, or the path of a
-    PEM file with the certificate to trust. `verbose` shows the log on stderr. `since`
-    is for who comes late: it sees what was put up to so many seconds before, too, as
-    far as that lives; math.inf: all there is.
+    Goes on trying for `timeout` seconds, as every call will; what it raises then, the
+    class tells. With a `secret` client and server prove to each other that they know
+    it, or AuthenticationError is raised. `tls` is True to trust the certificate
+    authorities of the system, or the path of a PEM file to trust. `verbose` shows the
+    log on stderr. `since` is for who comes late: it sees what was put up to so many
+    seconds before, too, as far as that lives; math.inf: all there is.
 
     A host redis://[user:password@]host[:port][/database], or rediss:// for TLS, gives
     the same on a Redis or a Redis Cluster; see `_RedisConnection`.
