@@ -48,7 +48,6 @@ from __future__ import annotations
 
 import _thread
 import bisect
-import collections
 import contextlib
 import errno
 import importlib
@@ -67,6 +66,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count, repeat
@@ -1510,8 +1510,6 @@ class _Link:
 class _Reader:
     """Where a client stands in a topic."""
 
-    __slots__ = "last", "unread"
-
     def __init__(self, last: int) -> None:
         self.last = last  # id of the newest message read, be it handed out or not
         # Those not handed out yet, the oldest at the end: the id before it, its text,
@@ -1529,9 +1527,10 @@ class DSMQClientSideConnection:
     """A client of a dsmq server: what `connect` gives.
 
     Many threads may use it at once; each message goes to one of them. After a fork, or
-    when it is passed to another process, each side reads on from where it stood. Every
-    method goes on for `timeout` seconds trying to reach a server that refuses, drops
-    the connection or does not answer, then raises ConnectionRefusedError,
+    when it is passed to another process, each side reads on from where it stood.
+
+    If the server refuses, drops the connection or does not answer, every method goes on
+    trying for the `timeout` of `connect`, then raises ConnectionRefusedError,
     ConnectionError or TimeoutError; after `close` ConnectionError. A wrong type is a
     TypeError; a topic not of 1 to 1,000 characters, text that UTF-8 cannot carry and a
     message too long for a frame are a ValueError, before anything is sent.
@@ -1586,7 +1585,7 @@ class DSMQClientSideConnection:
         # `_call` would stay open), and those not in use. Of many threads that called at
         # the same moment, most may not again.
         self._links: set[weakref.ref[_Link]] = set()
-        self._idle: collections.deque[_Link] = collections.deque(maxlen=16)
+        self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
 
     def _leave_to_parent(self) -> None:
@@ -1719,12 +1718,10 @@ class DSMQClientSideConnection:
             (ConnectionRefusedError, f"no {where} takes the connection: {error}{hint}"),
             (TimeoutError, f"the {where} did not answer in {self._timeout:g} s"),
             (ConnectionError, f"the connection to the {where} was lost: {error}"),
+            (socket.gaierror, f"no address for {_shown(self._host)}: {error.strerror}"),
         ):
             if isinstance(error, kind):
                 return kind(text)
-        if isinstance(error, socket.gaierror):
-            text = f"no address for {_shown(self._host)}: {error.strerror}"
-            return socket.gaierror(error.errno, text)
         if isinstance(error, ValueError) or error.filename:
             return error  # of a certificate, or its file
         return ConnectionError(f"the {where} cannot be reached: {error}")
@@ -1746,7 +1743,7 @@ class DSMQClientSideConnection:
         key = self._key(topic)
         room_bytes = self._max_frame_bytes - ENVELOPE_BYTES - len(key)
         loads: list[list[bytes]] = []
-        left, each_bytes = 0, self._message_bytes
+        left = 0
         for msg in msgs:  # all are checked before one goes
             if not isinstance(msg, str):
                 hint = "json.dumps makes one of most things, base64.b64encode of bytes"
@@ -1755,11 +1752,12 @@ class DSMQClientSideConnection:
             if len(body) > room_bytes:
                 text = f"the message {_shown(msg)} takes {len(body)} bytes, but"
                 raise ValueError(f"{text} {room_bytes} fit into a frame of the server")
-            if left < len(body) + each_bytes or len(loads[-1]) >= MAX_PUT_MESSAGES:
+            cost = len(body) + self._message_bytes
+            if cost > left or len(loads[-1]) >= MAX_PUT_MESSAGES:
                 loads.append([])
-                left = room_bytes + each_bytes
+                left = room_bytes + self._message_bytes
             loads[-1].append(body)
-            left -= len(body) + each_bytes
+            left -= cost
         for load in loads:
             self._call(partial(self._store, key, load))
 
@@ -1806,18 +1804,15 @@ class DSMQClientSideConnection:
     def _next(self, topic: str, seconds: float) -> str | None:
         """The next message; waits for it up to so many seconds."""
         now = time.monotonic()
-        end, known = now + seconds, type(topic) is str and topic in self._cursors
-        if known and (texts := self._take(topic, 1, now)):
-            return texts[0]
-        key = self._key(topic)
-        while True:
+        end, key = now + seconds, b""
+        found = type(topic) is str and topic in self._cursors
+        while not (found and (texts := self._take(topic, 1, now))):
+            key, now = key or self._key(topic), time.monotonic()
             fetch = partial(self._fetch, topic, key, max(end - now, 0.0), 0)
-            if self._call(fetch):
-                if texts := self._take(topic, 1, now):
-                    return texts[0]
-            elif time.monotonic() >= end:
+            found = self._call(fetch)
+            if not found and time.monotonic() >= end:
                 return None
-            now = time.monotonic()
+        return texts[0]
 
     def _reader(self, topic: str, now: float) -> _Reader:
         """The topic's reader, or a new one; what was read ahead is dropped if it had
@@ -1924,19 +1919,19 @@ class DSMQClientSideConnection:
     ) -> _Messages:
         """What `_fetch` wants of the messages after an id."""
         begun, budget = time.monotonic(), self._read_ahead_bytes
-        if wanted is None:
-            request = b'{"action":"get_latest","topic":%b,"after":%d}' % (key, after)
-            return _reply_messages(link.exchange(encode_frame(request)), after, begun)
+        action = b"get_latest" if wanted is None else b"get"
         # Half of the time that is left, so that an answer that does not come is told
         # from one that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
-        limit = max(wanted, 1000)
-        what = b'"topic":%b,"after":%d,"limit":%d,' % (key, after, limit)
-        how = b'"limit_bytes":%d,"wait":%.6f}' % (budget, wait)
-        request = encode_frame(b'{"action":"get",', what, how)
-        # A line that breaks now and then may never carry a long reply.
-        self._read_ahead_bytes = budget // 2 + 1  # unless this one gets through
-        reply = link.exchange(request)
+        what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
+        how = b'"limit":%d,"limit_bytes":%d,' % (max(wanted or 0, 1000), budget)
+        request = encode_frame(what, how, b'"wait":%.6f}' % wait)
+        try:
+            reply = link.exchange(request)
+        except OSError:
+            # A line that breaks now and then may never carry a long reply.
+            self._read_ahead_bytes = max(budget // 2, 1)
+            raise
         line = int(2 * link.connection.bytes_per_second) or budget  # if it was short
         line = min(line, 4 * budget, READ_AHEAD_BYTES)
         self._read_ahead_bytes = max(line, LEAST_READ_AHEAD_BYTES)
@@ -2035,24 +2030,22 @@ def connect(
     tls: _TLS = False,
     since: float = 0.0,
 ) -> DSMQClientSideConnection:
-    """A client connected to the server at `host` and `port`.
+    """A client connected to the server at `host` and `port`, or the error that is met
+    after `timeout` seconds of trying, as by every later call; the class tells which.
 
-    Goes on trying for `timeout` seconds, as every call will; what it raises then, the
-    class tells. With a `secret` client and server prove to each other that they know
-    it, or AuthenticationError is raised. `tls` is True to trust the certificate
-    authorities of the system, or the path of a PEM file to trust. `verbose` shows the
-    log on stderr. `since` is for who comes late: it sees what was put up to so many
-    seconds before, too, as far as that lives; math.inf: all there is.
+    With a `secret` client and server prove to each other that they know it, or
+    AuthenticationError is raised. `tls` is True to trust the system's authorities, or
+    the path of a PEM file to trust. `verbose` shows the log on stderr. `since` is for
+    who comes late: it sees what was put up to so many seconds before, too, as far as
+    that lives; math.inf: all there is.
 
     A host redis://[user:password@]host[:port][/database], or rediss:// for TLS, gives
     the same on a Redis or a Redis Cluster; see `_RedisConnection`.
     """
-    engine: type[DSMQClientSideConnection] = DSMQClientSideConnection
-    if isinstance(host, str) and "://" in host:
-        engine = _RedisConnection
     if verbose:
         _show_log()
-        _log.info("connecting to %s:%s", host, port)
+        _log.info("connecting to %s:%s", str(host).rpartition("@")[2], port)
+    engine = _RedisConnection if "://" in str(host) else DSMQClientSideConnection
     return engine(host, port, timeout, secret, tls, since)
 
 
