@@ -1613,10 +1613,7 @@ class DSMQClientSideConnection:
     # Reaching the server
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
-        """`work` done with a connection, and done again on a new one if that is lost,
-        until `timeout` has passed."""
-        if self.closed:
-            self._check_usable()
+        """`work` done with a connection, or a new one when that is lost, till it is."""
         begun, pause = time.monotonic(), RETRY_PAUSE_SECONDS
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
@@ -1632,12 +1629,13 @@ class DSMQClientSideConnection:
                 try:
                     if not link.ready or link.server != self._server:
                         link.drop()
+                        self._check_usable()
                         link.end = begun + self._timeout
                         self._dial(link)
                     return work(link)
                 except OSError as error:
                     link.drop()
-                    self._check_usable()
+                    self._check_usable()  # or `close` has cut it
                     left = begun + self._timeout - time.monotonic()
                     if left < 0.01 * self._timeout or _is_final(error):
                         raise self._named(error) from error
@@ -1677,13 +1675,12 @@ class DSMQClientSideConnection:
         reply = link.exchange(encode_object(hello))
         limit = max(_reply_integer(reply, "max_frame_bytes"), MIN_FRAME_BYTES)
         if self._secret:
-            challenge = str(reply.get("challenge"))
-            proof = _proof(self._secret, "server", nonce, challenge)
-            if not _same(reply.get("proof"), proof):
+            words = nonce, str(reply.get("challenge"))
+            if not _same(reply.get("proof"), _proof(self._secret, "server", *words)):
                 raise AuthenticationError("the server does not know the secret")
-            answer = _proof(self._secret, "client", nonce, challenge)
-            request = encode_object({"action": "authenticate", "proof": answer})
-            reply |= link.exchange(request)
+            proof = _proof(self._secret, "client", *words)
+            request = {"action": "authenticate", "proof": proof}
+            reply |= link.exchange(encode_object(request))
         self._max_frame_bytes = link.connection.max_frame_bytes = limit
         link.server = str(reply.get("server"))
         self._note_server(known, link.server, _reply_integer(reply, "head"))
@@ -1691,8 +1688,8 @@ class DSMQClientSideConnection:
     def _note_server(
         self, known: str | None, name: str, head: int, begin: int = 0, last: int = 0
     ) -> None:
-        """Takes in the name of the server reached, where `known` was expected. Of ids
-        above `last` that were read it knows nothing: reading goes on from `begin`."""
+        """Takes in a server's name, where `known` was expected. If it has another, ids
+        above `last` mean nothing to it: reading goes on from `begin`."""
         with self._lock:
             if self._server == name:
                 return
@@ -1815,8 +1812,7 @@ class DSMQClientSideConnection:
         return texts[0]
 
     def _reader(self, topic: str, now: float) -> _Reader:
-        """The topic's reader, or a new one; what was read ahead is dropped if it had
-        expired at that time."""
+        """The topic's, or a new one; without what was read ahead and has expired."""
         reader = self._cursors.get(topic) or _Reader(self._start)
         if reader.unread and reader.unread[-1][2] < now:
             reader.last = reader.unread[-1][0]
@@ -1847,8 +1843,8 @@ class DSMQClientSideConnection:
     def _fetch(
         self, topic: str, key: bytes, wait: float, wanted: int | None, link: _Link
     ) -> bool:
-        """Reads messages ahead, waiting for the first: as many as seems good (wanted is
-        0), at least so many, or the newest alone (None). False if there were none."""
+        """Reads some messages ahead, waiting for the first; if `wanted` is None the
+        newest alone, or else so many if it can. False if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         with self._lock:
