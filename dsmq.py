@@ -1567,7 +1567,7 @@ class DSMQClientSideConnection:
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
         self._tidy_at = 100  # cursors, to look which are needed no more
-        self._begin()
+        self._begin({})
         self._call(lambda link: None)
 
     def __repr__(self) -> str:
@@ -1576,8 +1576,9 @@ class DSMQClientSideConnection:
 
     # One object in several threads and processes
 
-    def _begin(self) -> None:
-        """Makes what belongs to one process alone."""
+    def _begin(self, state: _Fields) -> None:
+        """With the state of another, and what belongs to one process alone."""
+        self.__dict__.update(state)
         # Guards cursors, `_server` and `_start`; not held while talking to the server.
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
@@ -1588,10 +1589,12 @@ class DSMQClientSideConnection:
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
 
+    __setstate__ = _begin
+
     def _leave_to_parent(self) -> None:
         """The parent's connections are closed here, but not shut down."""
         links = self._links
-        self._begin()
+        self._begin({})
         for reference in list(links):
             if link := reference():
                 link.drop()
@@ -1605,10 +1608,6 @@ class DSMQClientSideConnection:
         state = {k: v for k, v in self.__dict__.items() if k not in own}
         cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
         return {**state, "_cursors": cursors}
-
-    def __setstate__(self, state: _Fields) -> None:
-        self.__dict__.update(state)
-        self._begin()
 
     # Reaching the server
 
@@ -1776,9 +1775,7 @@ class DSMQClientSideConnection:
     def get_latest(self, topic: str) -> str:
         """The newest unread message of `topic`, or at once "" if there is none. The
         older ones stay unread for ever."""
-        if self._call(partial(self._fetch, topic, self._key(topic), 0.0, None)):
-            return (self._take(topic, 1, 0.0) or [""])[0]
-        return ""
+        return self._next(topic, 0.0, None) or ""
 
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
         """All unread messages of `topic` there are, at once, up to `limit`."""
@@ -1798,14 +1795,14 @@ class DSMQClientSideConnection:
         _check_number("timeout", timeout, 0, math.inf)
         return iter(partial(self._next, topic, timeout), None)
 
-    def _next(self, topic: str, seconds: float) -> str | None:
-        """The next message; waits for it up to so many seconds."""
+    def _next(self, topic: str, seconds: float, wanted: int | None = 0) -> str | None:
+        """The next message, or the newest; waits for it up to so many seconds."""
         now = time.monotonic()
         end, key = now + seconds, b""
-        found = type(topic) is str and topic in self._cursors
+        found = wanted == 0 and type(topic) is str and topic in self._cursors
         while not (found and (texts := self._take(topic, 1, now))):
             key, now = key or self._key(topic), time.monotonic()
-            fetch = partial(self._fetch, topic, key, max(end - now, 0.0), 0)
+            fetch = partial(self._fetch, topic, key, max(end - now, 0.0), wanted)
             found = self._call(fetch)
             if not found and time.monotonic() >= end:
                 return None
@@ -1819,9 +1816,9 @@ class DSMQClientSideConnection:
             del reader.unread[:]
         return reader
 
-    # Other threads are kept out by the lock, but not a signal handler of this one, nor
-    # an interrupt. They strike in and after calls, and where a loop turns; between such
-    # moments each change of a reader is a whole.
+    # The lock keeps other threads out, but neither a signal handler of this one nor an
+    # interrupt. They strike in and after calls and jumps (in Python 3.10 also forward):
+    # there is none from where a reader is looked at until it is changed.
 
     def _take(self, topic: str, limit: int, now: float) -> list[str]:
         """Hands out messages read ahead, up to `limit`. What has been read since `now`
@@ -1867,13 +1864,13 @@ class DSMQClientSideConnection:
             if topic in self._cursors:
                 reader = self._cursors[topic]
             self._cursors[topic] = reader
-            if wanted is None:
-                if after < (reader.unread[-1][0] if reader.unread else reader.last):
-                    return False  # another thread has it, or a newer one
+            cursor = reader.unread[-1][0] if reader.unread else reader.last
+            if wanted is None and cursor <= after:
                 reader.last, reader.unread = after, []
-            if reader.last == after:  # else another thread was faster
+            if reader.last == after:
                 reader.unread[:0], reader.last = unread, ids[-1]
-        return True
+                return True
+        return wanted is not None  # another thread has it, or a newer one
 
     def _tidy(self, link: _Link) -> None:
         """Forgets cursors of topics of which all that was handed out has expired."""
@@ -1929,8 +1926,8 @@ class DSMQClientSideConnection:
             self._read_ahead_bytes = max(budget // 2, 1)
             raise
         line = int(2 * link.connection.bytes_per_second) or budget  # if it was short
-        line = min(line, 4 * budget, READ_AHEAD_BYTES)
-        self._read_ahead_bytes = max(line, LEAST_READ_AHEAD_BYTES)
+        line = max(line, LEAST_READ_AHEAD_BYTES)
+        self._read_ahead_bytes = min(line, 4 * budget, READ_AHEAD_BYTES)
         return _reply_messages(reply, after, begun)
 
     def _expired(self, link: _Link) -> int:
