@@ -1557,8 +1557,7 @@ class DSMQClientSideConnection:
             open(tls, "rb").close()  # its error names the path; that of ssl does not
         self._host, self._port = host, port
         self._timeout, self._since = float(timeout), since
-        self._secret: str | None = secret
-        self._tls = tls
+        self._secret, self._tls = secret, tls
         self.closed = False  # whether `close` was called
         self._server: str | None = None  # the name of the one that the cursors are for
         self._start = 0  # where reading a topic begins: the head at connect
@@ -1582,9 +1581,8 @@ class DSMQClientSideConnection:
         # Guards cursors, `_server` and `_start`; not held while talking to the server.
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
-        # Connections: all (weakly, or one lost to an interrupt between two lines of
-        # `_call` would stay open), and those not in use. Of many threads that called at
-        # the same moment, most may not again.
+        # Connections: all (weakly, or one lost to an interrupt in `_call` would stay
+        # open), and those not in use: a few, for of many threads most call but once.
         self._links: set[weakref.ref[_Link]] = set()
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
@@ -1612,7 +1610,8 @@ class DSMQClientSideConnection:
     # Reaching the server
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
-        """`work` done with a connection, or a new one when that is lost, till it is."""
+        """`work` done with a connection; with new ones, if one is lost, until `timeout`
+        has passed."""
         begun, pause = time.monotonic(), RETRY_PAUSE_SECONDS
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
