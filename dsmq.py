@@ -1878,7 +1878,7 @@ class DSMQClientSideConnection:
             if self._server == link.server:  # whose ids these are
                 for topic, reader in [*self._cursors.items()]:
                     if reader.last <= expired and not reader.unread:
-                        del self._cursors[topic]
+                        self._cursors.pop(topic, None)
                 self._tidy_at = 2 * len(self._cursors) + 100
 
     # What another engine does in its own way
