@@ -1591,11 +1591,10 @@ class DSMQClientSideConnection:
 
     def _leave_to_parent(self) -> None:
         """The parent's connections are closed here, but not shut down."""
-        links = self._links
-        self._begin({})
-        for reference in list(links):
+        for reference in list(self._links):
             if link := reference():
                 link.drop()
+        self._begin({})
 
     def _check_usable(self) -> None:
         if self.closed:
@@ -1650,8 +1649,8 @@ class DSMQClientSideConnection:
         """Connects a link; begins anew if it finds another server than before.
 
         1. client: hello, with a nonce if it has a secret.
-        2. server: its name and limits; without a secret the newest id, and that is all.
-           With it a challenge, and the proof that it knows the secret.
+        2. server: its name, limits and newest id, and that is all; or with a secret,
+           instead of the id, a challenge and the proof that it knows the secret.
         3. client: its own proof, once the server's is seen to be right.
         4. server: the newest id.
         """
