@@ -66,6 +66,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import count, repeat
@@ -1351,10 +1352,9 @@ class _Link:
     """
 
     sequence = 0
-    end = 0.0  # of the call under way, a monotonic time
+    end = 0.0  # monotonic time at which a reply is given up
     connection: Any = None  # a FrameSocket, or what another engine dials
     server = ""  # the name of the one at the other end
-    fresh = False  # made by the call under way
     # Not so from before a request until its reply is in: wherever an interrupt strikes,
     # no later request can meet an earlier one's reply.
     ready = False
@@ -1362,17 +1362,11 @@ class _Link:
     def __init__(self) -> None:
         self.name = os.urandom(16).hex().encode()
 
-    def exchange(self, request: bytes, wait: float = 0.0) -> _Fields:
-        """The server's reply to a request, which it may let wait so many seconds."""
-        end = self.end
-        if not self.fresh:
-            # It may have been forgotten on the way (by a NAT, in a suspend), which
-            # nobody tells: half of the time is left for a new one.
-            now = time.monotonic() + wait
-            end = now + min((end - now) / 2, 60.0)
+    def exchange(self, request: bytes) -> _Fields:
+        """The server's reply to a request."""
         self.ready = False
-        self.connection.send(request, end)
-        body = self.connection.receive(end)
+        self.connection.send(request, self.end)
+        body = self.connection.receive(self.end)
         self.ready = True
         if body is None:
             raise ConnectionResetError("the server closed the connection")
@@ -1393,48 +1387,29 @@ class _Link:
 
 
 class _Reader:
-    """A topic's cursor, and the messages after it that have been read already.
+    """Where a client stands in a topic."""
 
-    The first of `ids` is where it began; `next` is the place of the first not handed
-    out. To hand some out is to move `next`, in one store of one attribute: an interrupt
-    comes before or after it.
-    """
-
-    __slots__ = "expires", "ids", "next", "texts"
-
-    def __init__(
-        self,
-        after: int,
-        ids: Iterable[int] = (),
-        texts: Iterable[str] = (),
-        expires: float = math.inf,
-    ) -> None:
-        self.ids, self.texts = [after, *ids], ["", *texts]
-        self.expires = expires  # monotonic time at which the oldest unread expires
-        self.next = 1
+    def __init__(self, last: int) -> None:
+        self.last = last  # id of the newest message read, be it handed out or not
+        # Those not handed out yet, the oldest at the end: the id before it, its text,
+        # and the monotonic time at which the first of its reply expires.
+        self.unread: list[tuple[int, str, float]] = []
 
     @property
     def cursor(self) -> int:
-        """The id of the last message handed out, or where the reader began."""
-        return self.ids[self.next - 1]
-
-    def extended(self, ids: list[int], texts: list[str], expires: float) -> _Reader:
-        """With the messages not in it yet, of a read that began within it or before."""
-        known = bisect.bisect_right(ids, self.ids[-1])
-        unread = slice(self.next, None)
-        if self.next < len(self.ids):
-            expires = min(expires, self.expires)
-        ids, texts = self.ids[unread] + ids[known:], self.texts[unread] + texts[known:]
-        return _Reader(self.cursor, ids, texts, expires)
+        """An id up to which all has been handed out, and nothing above it."""
+        last, oldest = self.last, self.unread[-1:]  # in this order, for want of a lock
+        return oldest[0][0] if oldest else last
 
 
 class DSMQClientSideConnection:
     """A client of a dsmq server: what `connect` gives.
 
     Many threads may use it at once; each message goes to one of them. After a fork, or
-    when it is passed to another process, each side reads on from where it stood. Every
-    method goes on for `timeout` seconds trying to reach a server that refuses, drops
-    the connection or does not answer, then raises ConnectionRefusedError,
+    when it is passed to another process, each side reads on from where it stood.
+
+    If the server refuses, drops the connection or does not answer, every method goes on
+    trying for the `timeout` of `connect`, then raises ConnectionRefusedError,
     ConnectionError or TimeoutError; after `close` ConnectionError. A wrong type is a
     TypeError; a topic not of 1 to 1,000 characters, text that UTF-8 cannot carry and a
     message too long for a frame are a ValueError, before anything is sent.
@@ -1461,8 +1436,7 @@ class DSMQClientSideConnection:
             open(tls, "rb").close()  # its error names the path; that of ssl does not
         self._host, self._port = host, port
         self._timeout, self._since = float(timeout), since
-        self._secret: str | None = secret
-        self._tls = tls
+        self._secret, self._tls = secret, tls
         self.closed = False  # whether `close` was called
         self._server: str | None = None  # the name of the one that the cursors are for
         self._start = 0  # where reading a topic begins: the head at connect
@@ -1470,9 +1444,8 @@ class DSMQClientSideConnection:
         # For one reply: as much as the line carries in two seconds.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
-        self._turn = 0  # grows with each change of cursors, to tell a signal handler's
         self._tidy_at = 100  # cursors, to look which are needed no more
-        self._begin()
+        self._begin({})
         self._call(lambda link: None)
 
     def __repr__(self) -> str:
@@ -1481,24 +1454,26 @@ class DSMQClientSideConnection:
 
     # One object in several threads and processes
 
-    def _begin(self) -> None:
-        """Makes what belongs to one process alone."""
+    def _begin(self, state: _Fields) -> None:
+        """With the state of another, and what belongs to one process alone."""
+        self.__dict__.update(state)
         # Guards cursors, `_server` and `_start`; not held while talking to the server.
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
-        # Connections: all (weakly, or one lost to an interrupt between two lines of
-        # `_call` would stay open), and those not in use.
+        # Connections: all (weakly, or one lost to an interrupt in `_call` would stay
+        # open), and those not in use: a few, for of many threads most call but once.
         self._links: set[weakref.ref[_Link]] = set()
-        self._idle: list[_Link] = []
+        self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
+
+    __setstate__ = _begin
 
     def _leave_to_parent(self) -> None:
         """The parent's connections are closed here, but not shut down."""
-        links = self._links
-        self._begin()
-        for reference in list(links):
+        for reference in list(self._links):
             if link := reference():
                 link.drop()
+        self._begin({})
 
     def _check_usable(self) -> None:
         if self.closed:
@@ -1510,58 +1485,51 @@ class DSMQClientSideConnection:
         cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
         return {**state, "_cursors": cursors}
 
-    def __setstate__(self, state: _Fields) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
     # Reaching the server
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
-        """`work` done with a connection, and done again on a new one if that is lost,
-        until `timeout` has passed."""
-        if self.closed:
-            self._check_usable()
-        pause = RETRY_PAUSE_SECONDS
+        """`work` done with a connection; with new ones, if one is lost, until `timeout`
+        has passed."""
+        begun, pause = time.monotonic(), RETRY_PAUSE_SECONDS
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
         except IndexError:
             link = _Link()
             self._links.add(weakref.ref(link, self._links.discard))
         link.sequence += 1  # once for all tries, so that the server knows a put again
-        link.end = time.monotonic() + self._timeout
+        # It may have been forgotten on the way (by a NAT, in a suspend), which nobody
+        # tells: half of the time is left for a new one.
+        link.end = begun + min(self._timeout / 2, 60.0)
         try:
             while True:
                 try:
                     if not link.ready or link.server != self._server:
                         link.drop()
+                        self._check_usable()
+                        link.end = begun + self._timeout
                         self._dial(link)
-                        link.ready = link.fresh = True
                     return work(link)
                 except OSError as error:
                     link.drop()
-                    self._check_usable()
+                    self._check_usable()  # or `close` has cut it
+                    left = begun + self._timeout - time.monotonic()
+                    if left < 0.01 * self._timeout or _is_final(error):
+                        raise self._named(error) from error
                     # Shorter and shorter towards the end, so that the time is used up;
                     # and never long, so that a server that has just started is found.
-                    left = 0.0 if _is_final(error) else link.end - time.monotonic()
-                    time.sleep(max(min(pause, left / 2), 0.0))
-                    if left < 0.01 * self._timeout or time.monotonic() >= link.end:
-                        raise self._named(error) from error
+                    time.sleep(min(pause, left / 2))
                     pause = min(2 * pause, 0.25)
         finally:
-            link.fresh = False
             if not link.ready or self.closed:  # by another thread, meanwhile
                 link.drop()
-            if len(self._idle) < 16:
-                self._idle.append(link)
-            else:  # many threads called at the same moment, and may not again
-                link.drop()
+            self._idle.append(link)
 
     def _dial(self, link: _Link) -> None:
         """Connects a link; begins anew if it finds another server than before.
 
         1. client: hello, with a nonce if it has a secret.
-        2. server: its name and limits; without a secret the newest id, and that is all.
-           With it a challenge, and the proof that it knows the secret.
+        2. server: its name, limits and newest id, and that is all; or with a secret,
+           instead of the id, a challenge and the proof that it knows the secret.
         3. client: its own proof, once the server's is seen to be right.
         4. server: the newest id.
         """
@@ -1571,22 +1539,20 @@ class DSMQClientSideConnection:
         if self._tls is not False:
             context = _tls_context(None if self._tls is True else self._tls)
             link.connection.start_tls(context, link.end, self._host)
-        link.fresh, nonce = True, os.urandom(32).hex()
+        nonce = os.urandom(32).hex()
         hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
-        if not known:  # JSON knows no infinity
-            hello["since"] = min(self._since, 1e9)
-        if self._secret is not None:
+        hello["since"] = min(self._since, 1e9)  # JSON knows no infinity
+        if self._secret:
             hello["nonce"] = nonce
         reply = link.exchange(encode_object(hello))
         limit = max(_reply_integer(reply, "max_frame_bytes"), MIN_FRAME_BYTES)
-        if self._secret is not None:
-            challenge = str(reply.get("challenge"))
-            proof = _proof(self._secret, "server", nonce, challenge)
-            if not _same(reply.get("proof"), proof):
+        if self._secret:
+            words = nonce, str(reply.get("challenge"))
+            if not _same(reply.get("proof"), _proof(self._secret, "server", *words)):
                 raise AuthenticationError("the server does not know the secret")
-            answer = _proof(self._secret, "client", nonce, challenge)
-            request = encode_object({"action": "authenticate", "proof": answer})
-            reply |= link.exchange(request)
+            proof = _proof(self._secret, "client", *words)
+            request = {"action": "authenticate", "proof": proof}
+            reply |= link.exchange(encode_object(request))
         self._max_frame_bytes = link.connection.max_frame_bytes = limit
         link.server = str(reply.get("server"))
         self._note_server(known, link.server, _reply_integer(reply, "head"))
@@ -1594,8 +1560,8 @@ class DSMQClientSideConnection:
     def _note_server(
         self, known: str | None, name: str, head: int, begin: int = 0, last: int = 0
     ) -> None:
-        """Takes in the name of the server reached, where `known` was expected. Of ids
-        above `last` that were read it knows nothing: reading goes on from `begin`."""
+        """Takes in a server's name, where `known` was expected. If it has another, ids
+        above `last` mean nothing to it: reading goes on from `begin`."""
         with self._lock:
             if self._server == name:
                 return
@@ -1605,11 +1571,12 @@ class DSMQClientSideConnection:
             if known is None or self._start > last:
                 self._start = head if known is None else begin
             for reader in self._cursors.values():
-                if reader.ids[-1] > last:
-                    after = min(reader.ids[-1], begin)
-                    reader.ids = [after] * len(reader.ids)
+                if reader.last > last:
+                    after = min(reader.last, begin)
+                    for i, (_, text, expires) in enumerate(reader.unread):
+                        reader.unread[i] = after, text, expires
+                    reader.last = after
             self._server = name
-            self._turn += 1
 
     def _named(self, error: OSError) -> OSError:
         where = f"{self._engine} at {self._host}:{self._port}"
@@ -1620,17 +1587,13 @@ class DSMQClientSideConnection:
             (ConnectionRefusedError, f"no {where} takes the connection: {error}{hint}"),
             (TimeoutError, f"the {where} did not answer in {self._timeout:g} s"),
             (ConnectionError, f"the connection to the {where} was lost: {error}"),
+            (socket.gaierror, f"no address for {_shown(self._host)}: {error.strerror}"),
         ):
             if isinstance(error, kind):
                 return kind(text)
-        if isinstance(error, socket.gaierror):
-            text = f"no address for {_shown(self._host)}: {error.strerror}"
-            return socket.gaierror(error.errno, text)
-        if "SSL" in type(error).__name__ and not isinstance(error, ValueError):
-            return ConnectionError(f"the {where} speaks no TLS, or another: {error}")
-        if errno.errorcode.get(error.errno or 0, "").endswith(("UNREACH", "DOWN")):
-            return ConnectionError(f"the {where} cannot be reached: {error}")
-        return error  # of a file or a certificate
+        if isinstance(error, ValueError) or error.filename:
+            return error  # of a certificate, or its file
+        return ConnectionError(f"the {where} cannot be reached: {error}")
 
     # Putting
 
@@ -1649,7 +1612,7 @@ class DSMQClientSideConnection:
         key = self._key(topic)
         room_bytes = self._max_frame_bytes - ENVELOPE_BYTES - len(key)
         loads: list[list[bytes]] = []
-        left, each_bytes = 0, self._message_bytes
+        left = 0
         for msg in msgs:  # all are checked before one goes
             if not isinstance(msg, str):
                 hint = "json.dumps makes one of most things, base64.b64encode of bytes"
@@ -1658,11 +1621,12 @@ class DSMQClientSideConnection:
             if len(body) > room_bytes:
                 text = f"the message {_shown(msg)} takes {len(body)} bytes, but"
                 raise ValueError(f"{text} {room_bytes} fit into a frame of the server")
-            if left < len(body) + each_bytes or len(loads[-1]) >= MAX_PUT_MESSAGES:
+            cost = len(body) + self._message_bytes
+            if cost > left or len(loads[-1]) >= MAX_PUT_MESSAGES:
                 loads.append([])
-                left = room_bytes + each_bytes
+                left = room_bytes + self._message_bytes
             loads[-1].append(body)
-            left -= len(body) + each_bytes
+            left -= cost
         for load in loads:
             self._call(partial(self._store, key, load))
 
@@ -1684,23 +1648,18 @@ class DSMQClientSideConnection:
     def get_latest(self, topic: str) -> str:
         """The newest unread message of `topic`, or at once "" if there is none. The
         older ones stay unread for ever."""
-        if self._call(partial(self._fetch, topic, self._key(topic), 0.0, None)):
-            return (self._take(topic, 1, True) or [""])[0]
-        return ""
+        return self._next(topic, 0.0, None) or ""
 
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
         """All unread messages of `topic` there are, at once, up to `limit`."""
         _check_number("limit", limit, 1, MAX_INTEGER, whole=True)
-        key, fetched = self._key(topic), False
-        self._check_usable()
+        key, now = self._key(topic), time.monotonic()
         while True:
             with self._lock:
-                reader = self._reader(topic, fetched)
-                missing = limit - (len(reader.ids) - reader.next)
+                missing = limit - len(self._reader(topic, now).unread)
             fetch = partial(self._fetch, topic, key, 0.0, missing)
             if missing <= 0 or not self._call(fetch):
-                return self._take(topic, limit, fetched)
-            fetched = True
+                return self._take(topic, limit, now)
 
     def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
         """Iterates over the messages of `topic` as they come; ends when for `timeout`
@@ -1709,88 +1668,82 @@ class DSMQClientSideConnection:
         _check_number("timeout", timeout, 0, math.inf)
         return iter(partial(self._next, topic, timeout), None)
 
-    def _next(self, topic: str, seconds: float) -> str | None:
-        """The next message; waits for it up to so many seconds."""
-        known = type(topic) is str and topic in self._cursors
-        if known and (messages := self._take(topic, 1)):
-            return messages[0]
-        end = time.monotonic() + seconds
-        key = self._key(topic)
-        while True:
-            wait = max(end - time.monotonic(), 0.0) if seconds else 0.0
-            if self._call(partial(self._fetch, topic, key, wait, 0)):
-                if messages := self._take(topic, 1, True):
-                    return messages[0]
-            elif time.monotonic() >= end:
+    def _next(self, topic: str, seconds: float, wanted: int | None = 0) -> str | None:
+        """The next message, or the newest; waits for it up to so many seconds."""
+        now = time.monotonic()
+        end, key = now + seconds, b""
+        found = wanted == 0 and type(topic) is str and topic in self._cursors
+        while not (found and (texts := self._take(topic, 1, now))):
+            key, now = key or self._key(topic), time.monotonic()
+            fetch = partial(self._fetch, topic, key, max(end - now, 0.0), wanted)
+            found = self._call(fetch)
+            if not found and time.monotonic() >= end:
                 return None
+        return texts[0]
 
-    def _reader(self, topic: str, fetched: bool = True) -> _Reader:
-        """Where the topic's reader stands. What was read ahead, and not only just now,
-        is dropped when it expires."""
-        reader = self._cursors.get(topic)
-        if reader is None:
-            return _Reader(self._start)
-        if not fetched and reader.expires <= time.monotonic():
-            reader = self._cursors[topic] = _Reader(reader.cursor)
+    def _reader(self, topic: str, now: float) -> _Reader:
+        """The topic's, or a new one; without what was read ahead and has expired."""
+        reader = self._cursors.get(topic) or _Reader(self._start)
+        if reader.unread and reader.unread[-1][2] < now:
+            reader.last = reader.unread[-1][0]
+            del reader.unread[:]
         return reader
 
-    def _take(self, topic: str, limit: int, fetched: bool = False) -> list[str]:
-        """Hands out messages read ahead, up to `limit`."""
-        self._check_usable()
-        texts: list[str] = []
-        begin = end = 0
+    # The lock keeps other threads out, but neither a signal handler of this one nor an
+    # interrupt. They strike in and after calls and jumps (in Python 3.10 also forward):
+    # there is none from where a reader is looked at until it is changed.
+
+    def _take(self, topic: str, limit: int, now: float) -> list[str]:
+        """Hands out messages read ahead, up to `limit`. What has been read since `now`
+        is good, however soon it expires."""
+        if self.closed:
+            self._check_usable()
+        taken: list[tuple[int, str, float]] = []
         try:
             with self._lock:
-                while True:
-                    turn, reader = self._turn, self._reader(topic, fetched)
-                    begin = reader.next
-                    end = min(begin + limit, len(reader.ids))
-                    texts = reader.texts[begin:end]
-                    if self._turn == turn:  # no signal handler has read meanwhile
-                        self._turn = turn + 1
-                        reader.next = end
-                        reader.texts[begin:end] = [""] * len(texts)  # memory goes now
-                        return texts
+                unread = self._reader(topic, now).unread
+                taken = unread[-limit:]
+                del unread[-limit:]
+            return [text for _, text, _ in reversed(taken)]
         except BaseException:
-            # Interrupted after the cursor moved: the caller never gets them, so they
-            # are still to be handed out.
-            if texts and reader.next == end:
-                reader.texts[begin:end] = texts
-                reader.next = begin
+            if taken:  # the caller never gets them, so they are still to be handed out
+                unread += taken
             raise
 
     def _fetch(
         self, topic: str, key: bytes, wait: float, wanted: int | None, link: _Link
     ) -> bool:
-        """Reads messages ahead, waiting for the first: as many as seems good (wanted is
-        0), at least so many, or the newest alone (None). Whether there were any."""
+        """Reads some messages ahead, waiting for the first; if `wanted` is None the
+        newest alone, or else so many if it can. False if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         with self._lock:
             after = self._start
-            if reader := self._cursors.get(topic):
-                unread = reader.next < len(reader.ids)
-                if wanted == 0 and unread and reader.expires > time.monotonic():
+            if topic in self._cursors:
+                reader = self._cursors[topic]
+                if wanted == 0 and reader.unread:
                     return True  # another thread has just read it ahead
-                after = reader.cursor if wanted is None else reader.ids[-1]
+                after = reader.cursor if wanted is None else reader.last
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
             return False
+        if wanted is None:
+            after = ids[0] - 1
+        unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
+        reader = _Reader(after)
         with self._lock:
-            while self._server == link.server:  # else they are of its predecessor
-                turn, reader = self._turn, self._reader(topic)
-                if wanted is not None:
-                    new = reader.extended(ids, texts, expires)
-                elif ids[0] > reader.cursor:
-                    new = _Reader(ids[0] - 1, ids, texts, expires)
-                else:  # another thread has it, or a newer one
-                    return False
-                # No call from here on, in which a signal handler could read.
-                if self._turn == turn:
-                    self._turn = turn + 1
-                    self._cursors[topic] = new
-                    break
-        return True
+            if self._server != link.server:
+                return True  # they are of its predecessor
+            if topic in self._cursors:
+                reader = self._cursors[topic]
+            self._cursors[topic] = reader
+            cursor = reader.unread[-1][0] if reader.unread else reader.last
+            if wanted is None and cursor <= after:
+                reader.last, reader.unread = after, []
+            if reader.last == after:
+                reader.unread[:0], reader.last = unread, ids[-1]
+                return True
+        return wanted is not None  # another thread has it, or a newer one
 
     def _tidy(self, link: _Link) -> None:
         """Forgets cursors of topics of which all that was handed out has expired."""
@@ -1798,8 +1751,8 @@ class DSMQClientSideConnection:
         with self._lock:
             if self._server == link.server:  # whose ids these are
                 for topic, reader in [*self._cursors.items()]:
-                    if reader.ids[-1] <= expired and reader.next == len(reader.ids):
-                        del self._cursors[topic]
+                    if reader.last <= expired and not reader.unread:
+                        self._cursors.pop(topic, None)
                 self._tidy_at = 2 * len(self._cursors) + 100
 
     # What another engine does in its own way
@@ -1832,27 +1785,22 @@ class DSMQClientSideConnection:
     ) -> _Messages:
         """What `_fetch` wants of the messages after an id."""
         begun, budget = time.monotonic(), self._read_ahead_bytes
-        if wanted is None:
-            request = b'{"action":"get_latest","topic":%b,"after":%d}' % (key, after)
-            return _reply_messages(link.exchange(encode_frame(request)), after, begun)
-        # A slow line had better carry what is asked for, and no more.
-        slow = wanted and budget < FIRST_READ_AHEAD_BYTES
-        limit = wanted if slow else max(wanted, 1000)
+        action = b"get_latest" if wanted is None else b"get"
         # Half of the time that is left, so that an answer that does not come is told
         # from one that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
-        what = b'"topic":%b,"after":%d,"limit":%d,' % (key, after, limit)
-        how = b'"limit_bytes":%d,"wait":%.6f}' % (budget, wait)
-        request = encode_frame(b'{"action":"get",', what, how)
+        what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
+        how = b'"limit":%d,"limit_bytes":%d,' % (max(wanted or 0, 1000), budget)
+        request = encode_frame(what, how, b'"wait":%.6f}' % wait)
         try:
-            reply = link.exchange(request, wait)
+            reply = link.exchange(request)
         except OSError:
             # A line that breaks now and then may never carry a long reply.
             self._read_ahead_bytes = max(budget // 2, 1)
             raise
         line = int(2 * link.connection.bytes_per_second) or budget  # if it was short
-        line = min(line, 4 * budget, READ_AHEAD_BYTES)
-        self._read_ahead_bytes = max(line, LEAST_READ_AHEAD_BYTES)
+        line = max(line, LEAST_READ_AHEAD_BYTES)
+        self._read_ahead_bytes = min(line, 4 * budget, READ_AHEAD_BYTES)
         return _reply_messages(reply, after, begun)
 
     def _expired(self, link: _Link) -> int:
@@ -1890,9 +1838,7 @@ class DSMQClientSideConnection:
             link = reference()
             if link and (connection := link.connection):  # which its call may drop
                 connection.shut()
-        with contextlib.suppress(IndexError):  # once there is none
-            while True:
-                self._idle.pop().drop()
+        self._idle.clear()  # who is in none of them is dropped at once
 
     def __enter__(self) -> DSMQClientSideConnection:
         return self
@@ -1915,10 +1861,9 @@ def _is_final(error: OSError) -> bool:
     """Whether trying again would give the same."""
     if isinstance(error, socket.gaierror):
         return error.errno != socket.EAI_AGAIN  # of a name server, and may pass
-    name = type(error).__name__  # for ssl is imported only where TLS is used
-    if name.startswith("SSL"):
-        return name not in ("SSLEOFError", "SSLZeroReturnError", "SSLSyscallError")
-    return isinstance(error, FrameError)
+    # By their names, for ssl is imported only where TLS is used.
+    final = "FrameError", "SSLError", "SSLCertVerificationError"
+    return type(error).__name__ in final
 
 
 def _reply_integer(reply: _Fields, field: str) -> int:
@@ -1929,20 +1874,15 @@ def _reply_integer(reply: _Fields, field: str) -> int:
 
 
 def _reply_messages(reply: _Fields, after: int, now: float) -> _Messages:
-    ids, texts = reply.get("ids"), reply.get("messages")
-    expires = reply.get("expires", 0)
+    ids: Any = reply.get("ids")
+    texts: Any = reply.get("messages")
     if ids == [] == texts:  # the commonest of all
         return [], [], now
-    if (
-        isinstance(ids, list)
-        and isinstance(texts, list)
-        and len(ids) == len(texts)
-        and {*map(type, ids)} <= {int}
-        and {*map(type, texts)} <= {str}
-        and all(map(operator.lt, [after, *ids], ids))  # each above the one before
-        and type(expires) in (int, float)
-    ):
-        return ids, texts, now + expires
+    with contextlib.suppress(TypeError, KeyError):  # of what is no list, or no number
+        kinds: list[type] = [int] * len(ids) + [str] * len(ids)
+        growing = all(map(operator.lt, [after, *ids], ids))
+        if growing and [*map(type, ids + texts)] == kinds:
+            return ids, texts, now + reply["expires"]
     raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
 
 
@@ -1956,25 +1896,22 @@ def connect(
     tls: _TLS = False,
     since: float = 0.0,
 ) -> DSMQClientSideConnection:
-    """A client connected to the server at `host` and `port`.
+    """A client connected to the server at `host` and `port`, or the error that is met
+    after `timeout` seconds of trying, as by every later call; the class tells which.
 
-    Goes on trying for `timeout` seconds, as every later call does, then raises
-    ConnectionRefusedError, ConnectionError or TimeoutError. With a `secret` client and
-    server prove to each other that they know it, or AuthenticationError is raised.
-    `tls` is True to trust the certificate authorities of the system, or the path of a
-    PEM file with the certificate to trust. `verbose` shows the log on stderr. `since`
-    is for who comes late: it sees what was put up to so many seconds before, too, as
-    far as that lives; math.inf: all there is.
+    With a `secret` client and server prove to each other that they know it, or
+    AuthenticationError is raised. `tls` is True to trust the system's authorities, or
+    the path of a PEM file to trust. `verbose` shows the log on stderr. `since` is for
+    who comes late: it sees what was put up to so many seconds before, too, as far as
+    that lives; math.inf: all there is.
 
     A host redis://[user:password@]host[:port][/database], or rediss:// for TLS, gives
     the same on a Redis or a Redis Cluster; see `_RedisConnection`.
     """
-    engine: type[DSMQClientSideConnection] = DSMQClientSideConnection
-    if isinstance(host, str) and "://" in host:
-        engine = _RedisConnection
     if verbose:
         _show_log()
-        _log.info("connecting to %s:%s", host, port)
+        _log.info("connecting to %s:%s", str(host).rpartition("@")[2], port)
+    engine = _RedisConnection if "://" in str(host) else DSMQClientSideConnection
     return engine(host, port, timeout, secret, tls, since)
 
 
