@@ -1593,7 +1593,7 @@ class DSMQClientSideConnection:
                 return kind(text)
         if isinstance(error, ValueError) or error.filename:
             return error  # of a certificate, or its file
-        return ConnectionError(f"the {where} cannot be reached: {error}")
+        return ConnectionError(f"no connection to the {where}: {error}")
 
     # Putting
 
