@@ -907,6 +907,16 @@ def test_requests_wait_their_turn_or_for_a_put(server: Server, raw: Raws) -> Non
     eventually_waiting(server, "t", 0)
 
 
+def test_a_crowd_that_waits_is_answered_at_once(server: Server, raw: Raws) -> None:
+    crowd = [raw() for _ in range(12)]  # more than a putter answers by itself
+    for peer in crowd:
+        peer.send(**GET, wait=30)
+    eventually_waiting(server, "t", len(crowd))
+    with within(10):
+        raw().ask(**PUT)
+        assert {str(peer.receive()["messages"]) for peer in crowd} == {"['x']"}
+
+
 LONG = "x" * 10_000_000  # more than the system takes for a peer that does not read
 
 
