@@ -50,7 +50,6 @@ import _thread
 import bisect
 import contextlib
 import errno
-import importlib
 import json
 import logging
 import math
@@ -124,7 +123,6 @@ POLL_SECONDS = 0.1  # between looks whether the server should stop
 PURGE_SECONDS = 0.5  # between looks for expired messages
 STEP_MESSAGES = 500  # handled in one hold of the store's lock: about a millisecond
 STEP_BYTES = 1 << 20  # likewise
-REMEMBERED_SECONDS = 60.0  # a put can be repeated, however short the messages live
 RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles up to a quarter second
 SEND_BYTES = 1 << 18  # sent or received at a time
 READ_AHEAD_BYTES = 1 << 20  # of one reply at most, ...
@@ -137,7 +135,7 @@ LEAST_READ_AHEAD_BYTES = 8192  # ... and over the slowest that is of use
 class DSMQError(Exception):
     """The root of dsmq's own errors: the server refused, for the reason it names."""
 
-    code = "stale"  # in the reply to the client: a put that comes after later ones
+    code = "stale"  # as a reply tells it; this one, of a put that its client settled
 
 
 class QueueFull(DSMQError):
@@ -184,8 +182,7 @@ def _check_number(
         kind = "an int" if whole else "a number"
         raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
     # Not a number fails this, as does an integer too large for a float.
-    too_large = not whole and math.inf > value > sys.float_info.max
-    if too_large or not least <= value <= most:
+    if not least <= value <= most or sys.float_info.max < value < math.inf:
         raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
 
 
@@ -581,18 +578,18 @@ class MessageStore:
     # Reading
 
     def get(
-        self, topic: str, after: int, limit: int, room: int, wait: Waiter | None = None
+        self, topic: str, after: int, limit: int, room: int, waiter: Any = None
     ) -> Batch:
         """The oldest live messages after an id, as many as fit `limit` and `room`
         (bytes, each with ID_BYTES), at least one if there is one. If there is none, or
-        a round to come, the `wait` for it begins, and nothing is given."""
+        a round to come, `waiter` begins to wait for it, and nothing is given."""
         batch = EMPTY
         while len(batch.ids) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
             with self._lock:
                 entry = self._topics.get(topic)
                 more = self._read(entry, after, limit - len(batch.ids), room)
-                if wait and not batch.ids and self._begins_to_wait(wait, more):
+                if waiter and not batch.ids and self._begins_to_wait(waiter, more):
                     return EMPTY
             room -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
             if not more.ids or (batch.ids and room < 0):
@@ -661,14 +658,15 @@ class MessageStore:
     # Readers that wait
 
     def _begins_to_wait(self, waiter: Waiter, found: Batch) -> bool:
+        """Unless there is something, and no round to wait for."""
         entry = self._topics.get(waiter.topic)
         if entry and found.ids:
             if time.monotonic() >= entry.next_round:
                 return False
             self._call_round(entry)
         # Those for whom there is nothing are all at the same place, and read once.
-        ahead = found.ids or waiter.after > self.head
-        place = waiter.after if ahead else entry.newest if entry else 0
+        own = found.ids or waiter.after > self.head
+        place = waiter.after if own else entry.newest if entry else 0
         self._waiters.setdefault(waiter.topic, {})[waiter] = place
         return True
 
@@ -733,14 +731,15 @@ class MessageStore:
         once little is left of much, frees the pages that SQLite keeps."""
         with self._lock:
             self._waiters = {t: some for t, some in self._waiters.items() if some}
-            oldest = time.monotonic() - max(self.time_to_live, REMEMBERED_SECONDS)
+            oldest = time.monotonic() - max(self.time_to_live, 60.0)
             while self._recent and next(iter(self._recent.values()))[0] < oldest:
                 del self._recent[next(iter(self._recent))]
             free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]
             if free_pages > 4096 and self._bytes <= STEP_BYTES:
                 self._insert([])
-                self._db.execute("VACUUM")  # milliseconds
-                # glibc unasked keeps what threads other than the first have freed.
+                # Milliseconds. Both are needed: of 231 MB they leave 16, one over 210,
+                # as glibc keeps what threads other than the first have freed.
+                self._db.execute("VACUUM")
                 with contextlib.suppress(ImportError, OSError, AttributeError):
                     import ctypes
 
@@ -888,7 +887,7 @@ class _Server(socketserver.ThreadingTCPServer):
                     _log.exception("a round failed")
 
     def answer_readers(self, entry: _Topic) -> None:
-        """Those at the same place get the same reply, made once."""
+        """Neighbours at the same place get the same reply, made once."""
         begun, last, reply = time.monotonic(), EMPTY, _NO_MESSAGES
         for waiter, batch in self.store.take_readers(entry):
             if batch is not last:
@@ -1043,13 +1042,14 @@ class _Handler(socketserver.BaseRequestHandler):
             reply = self._answer(decode_object(body))
             del body  # a long one must not stay while the thread waits for the next
             readers, self._readers = self._readers, None
-            if readers:
-                # A reader that wakes may take this core, so the putter goes first; but
-                # it must not keep them waiting if it does not read.
-                self.request.sending.acquire()
+            # A reader that wakes may take this core, so the putter goes first; but it
+            # must not keep them waiting if it does not read.
+            if readers and self.request.sending.acquire(blocking=False):
                 self.request.answer(reply)
+                reply = b""
+            if readers:
                 self.server.answer_readers(readers)
-            elif reply:
+            if reply:
                 self.request.send(reply)
             del reply  # nor must this
 
@@ -1072,7 +1072,7 @@ class _Handler(socketserver.BaseRequestHandler):
         self._waiter = None
 
     def _answer(self, request: _Fields) -> bytes:
-        """The reply's frame, or nothing if it was sent or is to come."""
+        """The reply's frame; empty for a get that waits."""
         try:
             action = request.get("action")
             if not isinstance(action, str) or action not in self.ACTIONS:
@@ -1570,8 +1570,8 @@ class DSMQClientSideConnection:
             # What is new there is to be read; what was read ahead comes before.
             if known is None or self._start > last:
                 self._start = head if known is None else begin
-            for reader in self._cursors.values():
-                if reader.last > last:
+            for reader in [*self._cursors.values()]:  # a signal handler may add some
+                if reader.last > last and self._server == known:
                     after = min(reader.last, begin)
                     for i, (_, text, expires) in enumerate(reader.unread):
                         reader.unread[i] = after, text, expires
@@ -1587,7 +1587,6 @@ class DSMQClientSideConnection:
             (ConnectionRefusedError, f"no {where} takes the connection: {error}{hint}"),
             (TimeoutError, f"the {where} did not answer in {self._timeout:g} s"),
             (ConnectionError, f"the connection to the {where} was lost: {error}"),
-            (socket.gaierror, f"no address for {_shown(self._host)}: {error.strerror}"),
         ):
             if isinstance(error, kind):
                 return kind(text)
@@ -1838,7 +1837,7 @@ class DSMQClientSideConnection:
             link = reference()
             if link and (connection := link.connection):  # which its call may drop
                 connection.shut()
-        self._idle.clear()  # who is in none of them is dropped at once
+        self._idle.clear()  # links in no call go with it, and close as they go
 
     def __enter__(self) -> DSMQClientSideConnection:
         return self
@@ -1850,8 +1849,10 @@ class DSMQClientSideConnection:
 def _connected(host: str, port: int, end: float) -> FrameSocket:
     seconds = min(max(end - time.monotonic(), 0.002), LONGEST_SECONDS)
     try:
-        # A name may have several addresses, and the first may be silent.
-        sock = socket.create_connection((host, port), seconds / 2)
+        # A name may have several addresses, of which the first may be silent.
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        share = seconds / (len(addresses) + 1)
+        sock = socket.create_connection((host, port), share)
     except UnicodeError as error:  # of the encoding of names
         raise ValueError(f"host {_shown(host)} cannot be a name: {error}") from None
     return FrameSocket(sock, MAX_FRAME_BYTES)
@@ -2037,7 +2038,7 @@ class _RedisConnection(DSMQClientSideConnection):
         """One of the package's clients, for one call at a time, and none after a call
         that was broken off: its reply would be taken for the next one's."""
         try:
-            redis: Any = importlib.import_module("redis")  # only who uses it needs it
+            redis: Any = __import__("redis")  # only who uses it needs it
         except ImportError as error:
             raise DSMQError(f"Redis needs pip install redis ({error})") from error
         # Half of the time, so that a connection forgotten on the way is made anew.
