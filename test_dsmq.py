@@ -2698,11 +2698,7 @@ ERRORS = [
     ("watch t --port $USED --since nan", 1, "since must be"),
     ("watch '' --port $USED", 1, "a topic"),
     ("bench --count 0", 1, "count must be"),
-    (
-        "stats --host nowhere.invalid",
-        1,
-        "no connection to the dsmq server at nowhere.invalid",
-    ),
+    ("stats --host nowhere.invalid", 1, "no connection .* at nowhere.invalid"),
     ("put t x --timeout 0.2 --port $FREE", 1, "no dsmq server"),
     ("--port $FREE shutdown --timeout 0.2", 1, "no dsmq server"),
     ("put t x --port $USED >&-", 0, ""),
