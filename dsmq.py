@@ -343,7 +343,7 @@ class FrameSocket:
             elif len(frame) > SEND_BYTES or (frame := self._push(frame)):
                 _thread.start_new_thread(self.answer, (frame, True))
                 return
-        except (OSError, ValueError, RuntimeError, MemoryError):
+        except (OSError, RuntimeError, MemoryError):
             self.shut()  # gone, closed, or no thread: a client asks again on a new one
         self.sending.release()
 
@@ -402,6 +402,8 @@ class FrameSocket:
 
     def _wait(self, end: float | None, write: bool = False) -> None:
         """Waits, outside of the TLS layer, until it can be read or written."""
+        if self._sock.fileno() < 0:
+            raise ConnectionAbortedError("closed by this process")
         while (left := (end or math.inf) - time.monotonic()) > 0:
             seconds = min(left, LONGEST_SECONDS)
             if hasattr(select, "poll"):
@@ -1364,9 +1366,9 @@ class _Link:
 
     def exchange(self, request: bytes) -> _Fields:
         """The server's reply to a request."""
-        self.ready = False
-        self.connection.send(request, self.end)
-        body = self.connection.receive(self.end)
+        self.ready, connection = False, self.connection
+        connection.send(request, self.end)
+        body = connection.receive(self.end)
         self.ready = True
         if body is None:
             raise ConnectionResetError("the server closed the connection")
@@ -1469,10 +1471,12 @@ class DSMQClientSideConnection:
     __setstate__ = _begin
 
     def _leave_to_parent(self) -> None:
-        """The parent's connections are closed here, but not shut down."""
+        """The parent's connections are closed here, but not shut down; a call in which
+        a signal handler forked goes on under a name of its own."""
         for reference in list(self._links):
             if link := reference():
                 link.drop()
+                link.name = _Link().name
         self._begin({})
 
     def _check_usable(self) -> None:
@@ -1539,6 +1543,7 @@ class DSMQClientSideConnection:
         if self._tls is not False:
             context = _tls_context(None if self._tls is True else self._tls)
             link.connection.start_tls(context, link.end, self._host)
+            self._check_usable()  # in whose middle it could not be shut
         nonce = os.urandom(32).hex()
         hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
         hello["since"] = min(self._since, 1e9)  # JSON knows no infinity
@@ -1558,10 +1563,17 @@ class DSMQClientSideConnection:
         self._note_server(known, link.server, _reply_integer(reply, "head"))
 
     def _note_server(
-        self, known: str | None, name: str, head: int, begin: int = 0, last: int = 0
+        self,
+        known: str | None,
+        name: str,
+        head: int,
+        begin: int = 0,
+        last: int = 0,
+        seen: dict[str, int] | None = None,
     ) -> None:
         """Takes in a server's name, where `known` was expected. If it has another, ids
-        above `last` mean nothing to it: reading goes on from `begin`."""
+        above `last` (that were `seen` before it was asked) mean nothing to it: reading
+        goes on from `begin`."""
         with self._lock:
             if self._server == name:
                 return
@@ -1570,8 +1582,9 @@ class DSMQClientSideConnection:
             # What is new there is to be read; what was read ahead comes before.
             if known is None or self._start > last:
                 self._start = head if known is None else begin
-            for reader in [*self._cursors.values()]:  # a signal handler may add some
-                if reader.last > last and self._server == known:
+            for topic, reader in [*self._cursors.items()]:  # a signal handler adds some
+                old = seen is None or seen.get(topic) == reader.last
+                if old and reader.last > last and self._server == known:
                     after = min(reader.last, begin)
                     for i, (_, text, expires) in enumerate(reader.unread):
                         reader.unread[i] = after, text, expires
@@ -1580,7 +1593,7 @@ class DSMQClientSideConnection:
 
     def _named(self, error: OSError) -> OSError:
         where = f"{self._engine} at {self._host}:{self._port}"
-        here = self._host.startswith(("127.", "localhost", "::1"))
+        here = self._host.startswith(("127.", "localhost", "::1", "/"))
         hint = "" if here else "; unless told its host, a server listens on 127.0.0.1"
         for kind, text in (
             (FrameError, f"the {where} speaks another protocol: {error}"),
@@ -1745,11 +1758,13 @@ class DSMQClientSideConnection:
         return wanted is not None  # another thread has it, or a newer one
 
     def _tidy(self, link: _Link) -> None:
-        """Forgets cursors of topics of which all that was handed out has expired."""
-        expired = self._expired(link)
+        """Forgets what was read ahead and has expired, and cursors before which all
+        has."""
+        expired, now = self._expired(link), time.monotonic()
         with self._lock:
             if self._server == link.server:  # whose ids these are
-                for topic, reader in [*self._cursors.items()]:
+                for topic in [*self._cursors]:
+                    reader = self._reader(topic, now)
                     if reader.last <= expired and not reader.unread:
                         self._cursors.pop(topic, None)
                 self._tidy_at = 2 * len(self._cursors) + 100
@@ -1909,11 +1924,12 @@ def connect(
     A host redis://[user:password@]host[:port][/database], or rediss:// for TLS, gives
     the same on a Redis or a Redis Cluster; see `_RedisConnection`.
     """
+    engine = _RedisConnection if "://" in str(host) else DSMQClientSideConnection
+    mq = engine(host, port, timeout, secret, tls, since)
     if verbose:
         _show_log()
-        _log.info("connecting to %s:%s", str(host).rpartition("@")[2], port)
-    engine = _RedisConnection if "://" in str(host) else DSMQClientSideConnection
-    return engine(host, port, timeout, secret, tls, since)
+        _log.info("connected to %s:%s", mq._host, mq._port)  # without a URL's password
+    return mq
 
 
 # ------------------------------------------------------------ past one machine (Redis)
@@ -1943,8 +1959,9 @@ if KEYS[3] then
     id, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4]) or ''
 end
 if string.find(run, ARGV[4], 1, true) ~= 1 then
-    run = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
-    redis.pcall('SET', KEYS[4], run)
+    local new = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
+    if not redis.pcall('SET', KEYS[4], new).err then run = new end
+    if run == '' then run = ARGV[4] .. ' 0-0 0' end
 end
 if #ARGV == 4 then return {now, id, run} end
 local ms, number = string.match(id, '(%d+)-(%d+)')
@@ -2042,7 +2059,7 @@ class _RedisConnection(DSMQClientSideConnection):
         except ImportError as error:
             raise DSMQError(f"Redis needs pip install redis ({error})") from error
         # Half of the time, so that a connection forgotten on the way is made anew.
-        seconds = min(max(link.end - time.monotonic(), 0.002), LONGEST_SECONDS) / 2
+        seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0)
         options: _Fields = {
             "protocol": 2,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
@@ -2077,7 +2094,10 @@ class _RedisConnection(DSMQClientSideConnection):
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
         made, known, begun = link.connection, self._server, time.monotonic()
-        now, head, name = self._store(b"{dsmq:}", [], link)
+        seen = {topic: reader.last for topic, reader in [*self._cursors.items()]}
+        # Any node does, and one may hang.
+        anywhere = b"{dsmq:%b}" % os.urandom(4).hex().encode()
+        now, head, name = self._store(anywhere, [], link)
         made.ahead, link.server = now / 1000 - begun, name.decode()
         run, began, _ = name.split()
         start = _redis_id(head)
@@ -2088,7 +2108,8 @@ class _RedisConnection(DSMQClientSideConnection):
             start = min(start, since * _REDIS_ID - 1)
         # In the same run it was flushed, and some of what is new may have been read.
         last = head if str(known).startswith(run.decode()) else began
-        self._note_server(known, link.server, start, _redis_id(began), _redis_id(last))
+        ids = start, _redis_id(began), _redis_id(last)
+        self._note_server(known, link.server, *ids, seen)
         made.looked = begun
 
     def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:

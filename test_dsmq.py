@@ -2296,7 +2296,7 @@ def test_verbose_prints_each_line_once_beside_a_programs_own_log(own: str) -> No
         "serving.start(); dsmq.connect(*address).shutdown_server(); serving.join()",
     ) as child:
         errors = rest(child)[2]
-    assert errors.count("listening on") == errors.count("connecting to") == 1
+    assert errors.count("listening on") == errors.count("connected to") == 1
 
 
 @needs_fork
@@ -2445,6 +2445,17 @@ def test_redis_is_reached_in_every_way_and_tells_no_secret(new_redis: NewRedis) 
             error = ValueError if secret or "r/e" in url else AuthenticationError
             said = raises(error, None, connect, url, secret=secret)
             assert "wr0ng" not in said and "s3cr" not in said
+
+
+def test_a_read_only_or_full_redis_is_one_server_for_all(new_redis: NewRedis) -> None:
+    master, full = new_redis(), new_redis("--maxmemory", "1")
+    replica = new_redis("--replicaof", HOST, str(master.port))
+    eventually(lambda: "link_status:up" in replica.cli("info", "replication"))
+    for port in (master.port, replica.port, full.port):
+        with contextlib.ExitStack() as stack:
+            connect = functools.partial(dsmq.connect, f"redis://{HOST}:{port}")
+            clients = [stack.enter_context(connect()) for _ in range(2)]
+            assert len({mq._server for mq in clients}) == 1
 
 
 @engines("cluster")
