@@ -275,6 +275,7 @@ class FrameSocket:
         self._flag = getattr(socket, "MSG_DONTWAIT", 0)
         self._would_wait: Any = BlockingIOError  # as a call says that does not wait
         self._sock: Any = sock  # or the TLS around it
+        self._fd = sock.fileno()  # of both, also once it is closed
         try:
             self.peer = _address(sock.getpeername())
             # Asking again and again for a port of this machine that nobody listens on
@@ -402,16 +403,14 @@ class FrameSocket:
 
     def _wait(self, end: float | None, write: bool = False) -> None:
         """Waits, outside of the TLS layer, until it can be read or written."""
-        if self._sock.fileno() < 0:
-            raise ConnectionAbortedError("closed by this process")
         while (left := (end or math.inf) - time.monotonic()) > 0:
             seconds = min(left, LONGEST_SECONDS)
             if hasattr(select, "poll"):
                 poll = select.poll()
-                poll.register(self._sock, select.POLLOUT if write else select.POLLIN)
+                poll.register(self._fd, select.POLLOUT if write else select.POLLIN)
                 ready = bool(poll.poll(1000 * seconds))
             else:  # on Windows
-                ways = ([], [self._sock]) if write else ([self._sock], [])
+                ways = ([], [self._fd]) if write else ([self._fd], [])
                 ready = any(select.select(*ways, [], seconds))
             if ready:
                 return
@@ -1474,8 +1473,8 @@ class DSMQClientSideConnection:
         """The parent's connections are closed here, but not shut down; a call in which
         a signal handler forked goes on under a name of its own."""
         for reference in list(self._links):
-            if link := reference():
-                link.drop()
+            if (link := reference()) and link.connection:
+                link.connection.close()
                 link.name = _Link().name
         self._begin({})
 

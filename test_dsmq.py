@@ -1506,6 +1506,34 @@ def use_inherited(mq: Client, unused: Client, results: Any) -> None:
     results.put((got, mq._n_tries))
 
 
+@needs_fork
+@engines("dsmq", "redis")
+def test_a_call_in_which_a_signal_handler_forks_goes_on_twice(connect: Connect) -> None:
+    putter, mq, got = connect(), connect(timeout=1), ""
+    pids: list[int] = []
+    near, far = os.pipe()
+
+    def put_then() -> None:
+        eventually(lambda: bool(pids))
+        putter.put("t", "x")
+
+    before = signal.signal(signal.SIGALRM, lambda *_: pids.append(os.fork()))
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    putting = begin(put_then)
+    try:
+        got = mq.get_wait("t", 10)
+    finally:
+        if pids == [0]:  # the child, which must not go on with the tests
+            os.write(far, got.encode())
+            os._exit(0)
+        signal.signal(signal.SIGALRM, before)
+    putting()
+    os.waitpid(pids[0], 0)
+    os.close(far)
+    assert os.read(near, 100) == got.encode() == b"x"
+    os.close(near)
+
+
 @engines("process", "redis", "cluster")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_child_may_use_a_client(connect: Connect, proxy: Proxy, method: str) -> None:
