@@ -1039,8 +1039,7 @@ class _Handler(socketserver.BaseRequestHandler):
             body = self.request.receive(self._end)
             if body is None:
                 return
-            self._plain = b"\\" not in body
-            reply = self._answer(decode_object(body))
+            reply = self._answer(body)
             del body  # a long one must not stay while the thread waits for the next
             readers, self._readers = self._readers, None
             # A reader that wakes may take this core, so the putter goes first; but it
@@ -1072,15 +1071,18 @@ class _Handler(socketserver.BaseRequestHandler):
             frames.answer(_messages_reply(store.get(*waiter[:4])))
         self._waiter = None
 
-    def _answer(self, request: _Fields) -> bytes:
+    def _answer(self, body: bytes | bytearray) -> bytes:
         """The reply's frame; empty for a get that waits."""
         try:
+            request, self._plain = decode_object(body), b"\\" not in body
             action = request.get("action")
             if not isinstance(action, str) or action not in self.ACTIONS:
                 raise _refusal(f"no action {_shown(action)}", "unknown_action")
             if self._end and action not in ("hello", "authenticate"):
                 raise _refusal("this server requires its secret", "authentication")
             return self.ACTIONS[action](self, request)
+        except FrameError:  # ends the connection
+            raise
         except DSMQError as error:
             return _error_reply(error)
         except MemoryError:
