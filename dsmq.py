@@ -25,8 +25,8 @@ Wire protocol, version 1
     nothing. README has the details.
 
     hello         protocol, nonce, since     -> protocol, server, max_frame_bytes,
-                                                time_to_live, head (or with a secret
-                                                challenge, proof and no head)
+                                                time_to_live, head (with a secret:
+                                                challenge, proof, no head)
     authenticate  proof                      -> head
     put           topic, messages, client, sequence, settled      -> head
     get           topic, after, limit, limit_bytes, wait  -> messages, ids, expires
@@ -35,9 +35,10 @@ Wire protocol, version 1
     shutdown
 
 Threads and locks
-    Server: one thread accepts, one serves each connection, one purges, and one answers
-    the readers that wait for a topic's next round. `MessageStore._lock` guards all
-    stored state, and is never held while sending, receiving, encoding or decoding.
+    Server: one thread accepts, one serves each connection, one is the timer, one
+    answers the readers that wait for a topic's next round (see MessageStore), and each
+    long reply to such a one has its own. `MessageStore._lock` guards what is stored,
+    and is never held while sending, receiving, encoding or decoding.
     `FrameSocket.sending` is held while a reply is under way: of a get that waits from
     the moment it is in the store, until whoever took it out has sent its reply.
     Client: each call borrows a connection of its own, so calls in several threads do
@@ -181,7 +182,7 @@ def _check_number(
     if not isinstance(value, kinds) or isinstance(value, bool):
         kind = "an int" if whole else "a number"
         raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
-    # Not a number fails this, as does an integer too large for a float.
+    # NaN fails this, as does an integer too large for a float.
     if not least <= value <= most or sys.float_info.max < value < math.inf:
         raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
 
@@ -267,11 +268,11 @@ class FrameSocket:
         self.max_frame_bytes = max_frame_bytes
         self.bytes_per_second = 0.0  # at which the last frame came; 0 if it was short
         self.unread = b""  # came already, for `receive`
-        self.sending = threading.Lock()  # a frame's bytes stay together
+        self.sending = threading.Lock()  # held until a reply is out
         # In the TLS layer there may be but one thread, so there both are the same.
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        # Where a send can be told not to wait (not on Windows), a receive may: a server
-        # needs no second system call to wait for the next request.
+        # Where a send can be told not to wait (not on Windows), the socket blocks: so a
+        # server needs no second system call to wait for the next request.
         self._flag = getattr(socket, "MSG_DONTWAIT", 0)
         self._would_wait: Any = BlockingIOError  # as a call says that does not wait
         self._sock: Any = sock  # or the TLS around it
@@ -305,7 +306,7 @@ class FrameSocket:
             self._sock,
             server_side=host is None,
             server_hostname=host,
-            do_handshake_on_connect=False,  # but when `shut` can end it
+            do_handshake_on_connect=False,  # only once `shut` can end it
         )
         self._sock.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
         try:
@@ -335,8 +336,8 @@ class FrameSocket:
             return frame
 
     def answer(self, frame: _Bytes, wait: bool = False) -> None:
-        """Sends the reply for which `sending` is held, from any thread, without waiting
-        for the peer: what it does not take at once has a thread of its own."""
+        """Sends the reply for which `sending` is held, and releases it; from any
+        thread, at once: a long reply, or its rest, has a thread of its own."""
         try:
             if wait:
                 while frame := self._push(frame):
@@ -345,7 +346,7 @@ class FrameSocket:
                 _thread.start_new_thread(self.answer, (frame, True))
                 return
         except (OSError, RuntimeError, MemoryError):
-            self.shut()  # gone, closed, or no thread: a client asks again on a new one
+            self.shut()  # gone, closed, or no thread: a client connects and asks again
         self.sending.release()
 
     def receive(self, end: float | None = None) -> bytes | bytearray | None:
@@ -439,8 +440,8 @@ class Batch(NamedTuple):
 
 
 class Waiter(NamedTuple):
-    """A reader that waits. Whoever takes it out of the store (a put, a round, the end
-    of its wait, stopping) owes it the answer."""
+    """A reader that waits. Who takes it out of the store (a put, a round, the end of
+    its wait, stopping) owes an answer; at its peer's end, the release of `sending`."""
 
     topic: str
     after: int
@@ -491,12 +492,12 @@ class MessageStore:
         # runs out of memory half-way leaves a broken database.
         self._db = sqlite3.connect(":memory:", check_same_thread=False)
         # Bodies are last in the row and the index holds none of them, so long messages
-        # do not slow their neighbours. The index ends with the id, as all do.
+        # do not slow their neighbours. SQLite ends each index with the id.
         columns = "id INTEGER PRIMARY KEY, topic, put_at, body"
         self._db.execute(f"CREATE TABLE messages ({columns})")
         self._db.execute("CREATE INDEX by_topic ON messages (topic)")
-        # The newest id. Microseconds, for ids grow more slowly than they do, so that a
-        # restarted server starts above them, and stay below 2**53, where JavaScript's
+        # The newest id. Microseconds pass faster than ids are given, so a restarted
+        # server starts above old ones; and they stay below 2**53, where JavaScript's
         # integers end, for two centuries.
         self.head = self._purged = time.time_ns() // 1000
         # The newest rows, still to be inserted: together they cost less (2 us each, not
@@ -534,7 +535,7 @@ class MessageStore:
             if used + cost > self.max_bytes:
                 text = f"{self._bytes} of max_bytes {self.max_bytes} are in use"
                 raise QueueFull(f"no room for {cost} bytes: {text}")
-            # Each takes the putter 20 us, which a crowd would keep from its next put.
+            # Each costs the putter 20 us: a crowd would delay its next put.
             waiters = self._waiters.get(topic, ())
             few = now >= entry.next_round and len(waiters) <= 8
             if waiters and not few:
@@ -544,7 +545,7 @@ class MessageStore:
                 self._insert(rows)
             else:
                 self._young += rows
-            self.head += len(bodies)  # if memory runs out now, the rows are nobody's
+            self.head += len(bodies)  # if memory runs out after this, they are nobody's
             self._topics_by_key[entry.key] = self._topics[topic] = entry
             entry.newest, entry.messages = self.head, entry.messages + len(bodies)
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
@@ -569,9 +570,9 @@ class MessageStore:
         if len(self._recent) > 10_000:
             del self._recent[next(iter(self._recent))]
         if sequence <= before and not heads.get(sequence):
-            # Left on its way, by an interrupt or a timeout.
+            # Given up by its client, and come late.
             raise DSMQError(f"sequence {sequence} was settled before")
-        heads.setdefault(sequence, 0)  # as to note it must not fail, once it is stored
+        heads.setdefault(sequence, 0)  # now, for once it is stored it must not fail
         if len(heads) > 64:
             del heads[next(iter(heads))]
         return heads
@@ -583,7 +584,7 @@ class MessageStore:
     ) -> Batch:
         """The oldest live messages after an id, as many as fit `limit` and `room`
         (bytes, each with ID_BYTES), at least one if there is one. If there is none, or
-        a round to come, `waiter` begins to wait for it, and nothing is given."""
+        a round is to come, `waiter` is entered for it, and nothing is given."""
         batch = EMPTY
         while len(batch.ids) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
@@ -687,9 +688,9 @@ class MessageStore:
                 place = after, waiter.limit, waiter.room
                 if place not in found:
                     found[place] = self._read(entry, *place)
-                if found[place].ids:  # or all have expired, or it waits for later ones
+                if found[place].ids:  # else they have expired, or it wants later ones
                     ready.append((waiter, found[place]))
-            # Not before all is read: one taken out, as memory ran out, had no answer.
+            # Only now: one taken out before memory ran out would get no answer.
             for waiter, _ in ready:
                 del waiters[waiter]
         return ready
@@ -718,7 +719,7 @@ class MessageStore:
             self._purged = last
             for key, cost in gone:
                 entry = self._topics_by_key.get(key)
-                if entry and entry.messages:
+                if entry and entry.messages:  # else nobody's, see put
                     entry.messages -= 1
                     entry.bytes -= cost
                     self._bytes -= cost
@@ -843,7 +844,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def close(self) -> None:
-        """Frees the port and ends every conversation, after the reply under way."""
+        """Frees the port and ends every conversation; replies get 0.15 s more."""
         self.server_close()
         self.stopping.set()
         self.store.rounds.put(None)
@@ -932,7 +933,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.connections.discard(request)
 
     def _leave_to_parent(self) -> None:
-        """Or ports and peers would have to wait for the child's end, too."""
+        """Else ports and peers would have to wait for the child's end, too."""
         self.socket.close()
         for connection in list(self.connections):
             connection.close()
@@ -1001,6 +1002,7 @@ class _Handler(socketserver.BaseRequestHandler):
     _since = 0.0  # as it said there
     _waiter: Waiter | None = None  # of the get that waits, if one does
     _readers: _Topic | None = None  # whose readers a put has to answer
+    _plain = False  # there are no escapes in the request
 
     def handle(self) -> None:
         limit, soon = self.server.max_clients, time.monotonic() + STALL_SECONDS
@@ -1054,9 +1056,9 @@ class _Handler(socketserver.BaseRequestHandler):
             del reply  # nor must this
 
     def _hear(self, waiter: Waiter) -> None:
-        """Waits until the get that waits is answered, or the peer has gone: for the
-        peer's next request, which tells that it has its reply. So this thread need not
-        be woken for the reply itself: with eight readers that is a third faster."""
+        """Awaits the peer's next request, which tells that its get was answered, or its
+        end; when the wait is over, answers itself. So this thread need not be woken for
+        the reply: with eight readers that is a third faster."""
         frames, store = self.request, self.server.store
         with contextlib.suppress(TimeoutError):
             frames.unread = frames.unread or frames.some(4096, waiter.end)
@@ -1067,7 +1069,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if frames.sending.acquire(timeout=max(waiter.end - time.monotonic(), 0)):
             frames.sending.release()
         elif store.end_wait(waiter):
-            # There is something, if the wait ends before its topic's next round.
+            # Maybe something, if the topic rests as the wait ends.
             frames.answer(_messages_reply(store.get(*waiter[:4])))
         self._waiter = None
 
@@ -1358,7 +1360,7 @@ class _Link:
     end = 0.0  # monotonic time at which a reply is given up
     connection: Any = None  # a FrameSocket, or what another engine dials
     server = ""  # the name of the one at the other end
-    # Not so from before a request until its reply is in: wherever an interrupt strikes,
+    # False from before a request until its reply is in: wherever an interrupt strikes,
     # no later request can meet an earlier one's reply.
     ready = False
 
@@ -1442,7 +1444,7 @@ class DSMQClientSideConnection:
         self._secret, self._tls = secret, tls
         self.closed = False  # whether `close` was called
         self._server: str | None = None  # the name of the one that the cursors are for
-        self._start = 0  # where reading a topic begins: the head at connect
+        self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
         # For one reply: as much as the line carries in two seconds.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
@@ -1458,7 +1460,7 @@ class DSMQClientSideConnection:
     # One object in several threads and processes
 
     def _begin(self, state: _Fields) -> None:
-        """With the state of another, and what belongs to one process alone."""
+        """Takes over another's state; makes anew what belongs to one process alone."""
         self.__dict__.update(state)
         # Guards cursors, `_server` and `_start`; not held while talking to the server.
         # Reentrant, because a signal handler may use the client, too.
@@ -1502,7 +1504,7 @@ class DSMQClientSideConnection:
             link = _Link()
             self._links.add(weakref.ref(link, self._links.discard))
         link.sequence += 1  # once for all tries, so that the server knows a put again
-        # It may have been forgotten on the way (by a NAT, in a suspend), which nobody
+        # A link may be forgotten on the way (by a NAT, in a suspend), which nobody
         # tells: half of the time is left for a new one.
         link.end = begun + min(self._timeout / 2, 60.0)
         try:
@@ -1743,10 +1745,10 @@ class DSMQClientSideConnection:
         if wanted is None:
             after = ids[0] - 1
         unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
-        reader = _Reader(after)
+        reader = _Reader(after)  # if the topic has none
         with self._lock:
             if self._server != link.server:
-                return True  # they are of its predecessor
+                return True  # read from another server
             if topic in self._cursors:
                 reader = self._cursors[topic]
             self._cursors[topic] = reader
@@ -1759,8 +1761,7 @@ class DSMQClientSideConnection:
         return wanted is not None  # another thread has it, or a newer one
 
     def _tidy(self, link: _Link) -> None:
-        """Forgets what was read ahead and has expired, and cursors before which all
-        has."""
+        """Forgets expired messages read ahead, and cursors with only such before."""
         expired, now = self._expired(link), time.monotonic()
         with self._lock:
             if self._server == link.server:  # whose ids these are
@@ -1787,12 +1788,12 @@ class DSMQClientSideConnection:
         return key
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
-        """Puts a load of messages, of which the link tells the number."""
+        """Puts a load of messages, under the number of the link's call."""
         number = link.sequence
-        head = b'{"action":"put","client":"%b",' % link.name
-        head += b'"sequence":%d,"settled":%d,' % (number, number - 1)
-        head += b'"topic":%b,"messages":[' % key
-        request = encode_frame(head, b",".join(load), b"]}")
+        what = b'{"action":"put","client":"%b",' % link.name
+        what += b'"sequence":%d,"settled":%d,' % (number, number - 1)
+        what += b'"topic":%b,"messages":[' % key
+        request = encode_frame(what, b",".join(load), b"]}")
         _reply_integer(link.exchange(request), "head")
 
     def _read(
@@ -1819,7 +1820,7 @@ class DSMQClientSideConnection:
         return _reply_messages(reply, after, begun)
 
     def _expired(self, link: _Link) -> int:
-        """An id up to which all messages have expired, by the server's own clock."""
+        """An id up to which all has been purged, by the server: none is 1e9 s old."""
         request = encode_object({"action": "hello", "since": 1e9})
         return _reply_integer(link.exchange(request), "head")
 
@@ -2064,7 +2065,7 @@ class _RedisConnection(DSMQClientSideConnection):
         options: _Fields = {
             "protocol": 2,
             "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-            # Redis looks for waits that are over ten times a second.
+            # Ten times a second Redis looks for waits that are over.
             "socket_timeout": seconds + 0.1,
             "socket_connect_timeout": seconds / (1 + len(self._nodes)),
         }
