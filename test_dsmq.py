@@ -2078,7 +2078,7 @@ def test_a_client_too_many_is_told(
     why = "max_clients 3 is reached"
     with (told := raw(server)).sock:
         assert told.receive() == {"error": why, "code": "busy"}
-    raises(ConnectionRefusedError, why, connect, server.port, timeout=0.15)
+    raises(ConnectionRefusedError, why, connect, server.port, timeout=0.3)
     clients[0].put("t", "the others go on")
     connecting = begin(connect, server.port)
     time.sleep(0.1)
@@ -2094,7 +2094,7 @@ def test_a_client_too_many_is_told(
         for name in ("_start_new_thread", "_start_joinable_thread"):
             patch.setattr(threading, name, start, raising=False)
         eventually(lambda: server.clients() == 2)
-        raises(ConnectionError, "was lost", connect, server.port, timeout=0.15)
+        raises(ConnectionError, "was lost", connect, server.port, timeout=0.3)
         clients[1].put("t", "those inside go on")
     connect(server.port).put("t", "y")
     expected = ["the others go on", "x", "those inside go on", "y"]
