@@ -127,8 +127,7 @@ STEP_BYTES = 1 << 20  # likewise
 RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles up to a quarter second
 SEND_BYTES = 1 << 18  # sent or received at a time
 READ_AHEAD_BYTES = 1 << 20  # of one reply at most, ...
-FIRST_READ_AHEAD_BYTES = 1 << 16  # ... while it is unknown what the line carries, ...
-LEAST_READ_AHEAD_BYTES = 8192  # ... and over the slowest that is of use
+FIRST_READ_AHEAD_BYTES = 1 << 16  # ... and while it is unknown what the line carries
 
 # ---------------------------------------------------------------------------- errors
 
@@ -232,12 +231,12 @@ def encode_frame(*body: bytes) -> bytes:
     return b"".join((_HEADER.pack(sum(map(len, body))), *body))
 
 
-def encode_object(fields: dict[str, Any]) -> bytes:
+def encode_object(fields: _Fields) -> bytes:
     """The frame of a JSON object, in ASCII, which carries any text."""
     return encode_frame(_encode(fields).encode())
 
 
-def decode_object(body: bytes | bytearray) -> dict[str, Any]:
+def decode_object(body: bytearray) -> _Fields:
     """The JSON object in a frame's body. Raises FrameError if it is not one."""
     try:
         text = str(body, "utf-8").strip(" \t\r\n")
@@ -266,7 +265,6 @@ class FrameSocket:
 
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
-        self.bytes_per_second = 0.0  # at which the last frame came; 0 if it was short
         self.unread = b""  # came already, for `receive`
         self.sending = threading.Lock()  # held until a reply is out
         # In the TLS layer there may be but one thread, so there both are the same.
@@ -349,46 +347,35 @@ class FrameSocket:
             self.shut()  # gone, closed, or no thread: a client connects and asks again
         self.sending.release()
 
-    def receive(self, end: float | None = None) -> bytes | bytearray | None:
+    def receive(self, end: float | None = None) -> bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
         Raises FrameError for one longer than `max_frame_bytes`, ConnectionError if the
         peer closed in its middle."""
-        data, self.unread, self.bytes_per_second = self.unread, b"", 0.0
-        while len(data) < _HEADER.size:
+        data, total = bytearray(self.unread), 0
+        while True:
+            if not total and len(data) >= _HEADER.size:
+                (length,) = _HEADER.unpack_from(data)
+                if length > self.max_frame_bytes:
+                    text = f"{length} bytes, but the limit is {self.max_frame_bytes}"
+                    who = _STRANGERS.get(bytes(data[:2]), "")
+                    raise FrameError(f"a frame of {text}{who}")
+                total = _HEADER.size + length
+            if total and len(data) >= total:
+                break
+            # Memory grows with what came: a length never followed by bytes costs none.
+            size = min(max(total - len(data), 4096), SEND_BYTES)
             stalled = time.monotonic() + STALL_SECONDS if data else None
-            chunk = self.some(4096, end or stalled)
+            chunk = self.some(size, end or stalled)
             if not chunk and data:
                 raise ConnectionResetError("the peer closed inside a frame")
             if not chunk:
                 return None
-            data += chunk
-        (length,) = _HEADER.unpack_from(data)
-        if length > self.max_frame_bytes:
-            text = f"{length} bytes, but the limit is {self.max_frame_bytes}"
-            raise FrameError(f"a frame of {text}{_STRANGERS.get(data[:2], '')}")
-        total = _HEADER.size + length
-        if len(data) < total:
-            return self._receive_rest(bytearray(data), total, end)
-        self.unread = data[total:]
-        return data[_HEADER.size : total]
-
-    def _receive_rest(
-        self, data: bytearray, total: int, end: float | None
-    ) -> bytearray:
-        # Memory grows with what came: a length never followed by bytes costs none.
-        missing, begun = total - len(data), time.monotonic()
-        while len(data) < total:
-            size = min(total - len(data), SEND_BYTES)
-            chunk = self.some(size, end or time.monotonic() + STALL_SECONDS)
-            if not chunk:
-                raise ConnectionResetError("the peer closed inside a frame")
-            data += chunk
             # A slow line may take longer than `end`, as long as it moves: every 4 kB
             # buy a second. A peer that only trickles gains next to nothing.
             end = end and end + len(chunk) / 4000
-        if missing > 2000:  # less says little of the line
-            self.bytes_per_second = missing / max(time.monotonic() - begun, 1e-6)
-        del data[: _HEADER.size]  # a long body is not copied once more
+            data += chunk
+        self.unread = bytes(data[total:])
+        del data[total:], data[: _HEADER.size]  # a long body is not copied once more
         return data
 
     def some(self, size: int, end: float | None) -> bytes:
@@ -508,8 +495,7 @@ class MessageStore:
         self._topics: dict[str, _Topic] = {}  # that have messages
         self._topics_by_key: dict[int, _Topic] = {}
         self._keys = count()
-        # By topic those who wait, in order, and after which id each reads.
-        self._waiters: dict[str, dict[Waiter, int]] = {}
+        self._waiters: dict[str, dict[Waiter, bool]] = {}  # by topic, in order
         # By client, the latest to put last: when, what it settled, heads by sequence.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
         self._closed = False
@@ -666,10 +652,7 @@ class MessageStore:
             if time.monotonic() >= entry.next_round:
                 return False
             self._call_round(entry)
-        # Those for whom there is nothing are all at the same place, and read once.
-        own = found.ids or waiter.after > self.head
-        place = waiter.after if own else entry.newest if entry else 0
-        self._waiters.setdefault(waiter.topic, {})[waiter] = place
+        self._waiters.setdefault(waiter.topic, {})[waiter] = True
         return True
 
     def _call_round(self, entry: _Topic) -> None:
@@ -684,8 +667,8 @@ class MessageStore:
         with self._lock:
             entry.round_due, entry.next_round = False, time.monotonic() + 0.002
             waiters = self._waiters.get(entry.name, {})
-            for waiter, after in waiters.items():
-                place = after, waiter.limit, waiter.room
+            for waiter in waiters:
+                place = waiter.after, waiter.limit, waiter.room
                 if place not in found:
                     found[place] = self._read(entry, *place)
                 if found[place].ids:  # else they have expired, or it wants later ones
@@ -698,7 +681,7 @@ class MessageStore:
     def end_wait(self, waiter: Waiter) -> bool:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
-            return self._waiters.get(waiter.topic, {}).pop(waiter, None) is not None
+            return self._waiters.get(waiter.topic, {}).pop(waiter, False)
 
     # Expiry and accounts
 
@@ -1073,7 +1056,7 @@ class _Handler(socketserver.BaseRequestHandler):
             frames.answer(_messages_reply(store.get(*waiter[:4])))
         self._waiter = None
 
-    def _answer(self, body: bytes | bytearray) -> bytes:
+    def _answer(self, body: bytearray) -> bytes:
         """The reply's frame; empty for a get that waits."""
         try:
             request, self._plain = decode_object(body), b"\\" not in body
@@ -1446,7 +1429,8 @@ class DSMQClientSideConnection:
         self._server: str | None = None  # the name of the one that the cursors are for
         self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
-        # For one reply: as much as the line carries in two seconds.
+        # For one reply: doubled after one that came within a second, else halved, for
+        # lines that are slow, or break before a long one is through.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
         self._tidy_at = 100  # cursors, to look which are needed no more
@@ -1596,20 +1580,16 @@ class DSMQClientSideConnection:
             self._server = name
 
     def _named(self, error: OSError) -> OSError:
-        where = f"{self._engine} at {self._host}:{self._port}"
-        here = self._host.startswith(("127.", "localhost", "::1", "/"))
-        hint = "" if here else "; unless told its host, a server listens on 127.0.0.1"
-        for kind, text in (
-            (FrameError, f"the {where} speaks another protocol: {error}"),
-            (ConnectionRefusedError, f"no {where} takes the connection: {error}{hint}"),
-            (TimeoutError, f"the {where} did not answer in {self._timeout:g} s"),
-            (ConnectionError, f"the connection to the {where} was lost: {error}"),
-        ):
-            if isinstance(error, kind):
-                return kind(text)
         if isinstance(error, ValueError) or error.filename:
             return error  # of a certificate, or its file
-        return ConnectionError(f"no connection to the {where}: {error}")
+        kinds = FrameError, ConnectionRefusedError, TimeoutError
+        kind = next((k for k in kinds if isinstance(error, k)), ConnectionError)
+        late = kind is TimeoutError
+        said = f"no answer in {self._timeout:g} s" if late else str(error)
+        here = self._host.startswith(("127.", "localhost", "::1", "/"))
+        if kind is ConnectionRefusedError and not here:
+            said += "; unless told its host, a server listens on 127.0.0.1"
+        return kind(f"{self._engine} at {self._host}:{self._port}: {said}")
 
     # Putting
 
@@ -1809,16 +1789,13 @@ class DSMQClientSideConnection:
         what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
         how = b'"limit":%d,"limit_bytes":%d,' % (max(wanted or 0, 1000), budget)
         request = encode_frame(what, how, b'"wait":%.6f}' % wait)
-        try:
-            reply = link.exchange(request)
-        except OSError:
-            # A line that breaks now and then may never carry a long reply.
-            self._read_ahead_bytes = max(budget // 2, 1)
-            raise
-        line = int(2 * link.connection.bytes_per_second) or budget  # if it was short
-        line = max(line, LEAST_READ_AHEAD_BYTES)
-        self._read_ahead_bytes = min(line, 4 * budget, READ_AHEAD_BYTES)
-        return _reply_messages(reply, after, begun)
+        self._read_ahead_bytes = max(budget // 2, 1)
+        messages = _reply_messages(link.exchange(request), after, begun)
+        if time.monotonic() < begun + 1.0:
+            self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
+        elif len(messages[0]) < 2:  # which was waited for, or is long by itself
+            self._read_ahead_bytes = budget
+        return messages
 
     def _expired(self, link: _Link) -> int:
         """An id up to which all has been purged, by the server: none is 1e9 s old."""
