@@ -2477,7 +2477,8 @@ def test_redis_is_reached_in_every_way_and_tells_no_secret(new_redis: NewRedis) 
 
 
 def test_a_read_only_or_full_redis_is_one_server_for_all(new_redis: NewRedis) -> None:
-    master, full = new_redis(), new_redis("--maxmemory", "1")
+    master = new_redis("--repl-diskless-sync-delay", "0")
+    full = new_redis("--maxmemory", "1")
     replica = new_redis("--replicaof", HOST, str(master.port))
     eventually(lambda: "link_status:up" in replica.cli("info", "replication"))
     for port in (master.port, replica.port, full.port):
