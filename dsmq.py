@@ -1714,11 +1714,10 @@ class DSMQClientSideConnection:
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         with self._lock:
-            after = self._start
-            if topic in self._cursors:
-                reader = self._cursors[topic]
-                if wanted == 0 and reader.unread:
-                    return True  # another thread has just read it ahead
+            reader, after = self._cursors.get(topic), self._start
+            if reader and reader.unread and wanted == 0:
+                return True  # another thread has just read it ahead
+            if reader:
                 after = reader.cursor if wanted is None else reader.last
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
@@ -1726,13 +1725,10 @@ class DSMQClientSideConnection:
         if wanted is None:
             after = ids[0] - 1
         unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
-        reader = _Reader(after)  # if the topic has none
         with self._lock:
             if self._server != link.server:
                 return True  # read from another server
-            if topic in self._cursors:
-                reader = self._cursors[topic]
-            self._cursors[topic] = reader
+            reader = self._cursors.setdefault(topic, _Reader(after))
             cursor = reader.unread[-1][0] if reader.unread else reader.last
             if wanted is None and cursor <= after:
                 reader.last, reader.unread = after, []
