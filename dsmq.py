@@ -68,7 +68,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import count, repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -120,7 +120,7 @@ STALL_SECONDS = 30.0  # a peer silent inside a frame, or not reading, is dropped
 LINGER_SECONDS = 1.0  # a refused peer gets this long to read why
 LONGEST_SECONDS = 1e6  # that any system can wait at a time
 MAX_WAIT_SECONDS = 30.0  # one request's wait; clients ask again, so the dead are found
-POLL_SECONDS = 0.1  # between looks whether the server should stop
+POLL_SECONDS = 0.05  # between looks whether the server should stop
 PURGE_SECONDS = 0.5  # between looks for expired messages
 STEP_MESSAGES = 500  # handled in one hold of the store's lock: about a millisecond
 STEP_BYTES = 1 << 20  # likewise
@@ -763,33 +763,26 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 1024  # clients may all come at the same moment
     allow_reuse_address = os.name == "posix"  # Windows would share a port in use
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        store: MessageStore,
-        max_frame_bytes: int = MAX_FRAME_BYTES,
-        max_clients: int = MAX_CLIENTS,
-        secret: str | None = None,
-        context: ssl.SSLContext | None = None,
-    ) -> None:
-        self.store = store
-        self.max_frame_bytes = max_frame_bytes
-        self.max_clients = max_clients
+    # As `serve` is told.
+    max_frame_bytes = MAX_FRAME_BYTES
+    max_clients = MAX_CLIENTS
+    secret = ""
+    context: ssl.SSLContext | None = None
+
+    def __init__(self, host: str, port: int, store: MessageStore, **told: Any) -> None:
+        vars(self).update(told)
         with contextlib.suppress(ImportError):  # on Windows, where there is no limit
             import resource
 
             # With no descriptor left nobody could be told that it is refused.
-            descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            if descriptors != resource.RLIM_INFINITY:
-                self.max_clients = min(max_clients, max(descriptors - 16, 1))
-        self.secret = secret or ""
-        self.context = context
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            if most > 16:  # -1 is for no limit
+                self.max_clients = min(self.max_clients, most - 16)
+        self.store = store
         self.name = os.urandom(16).hex()  # no other start has the same
-        self.started = time.monotonic()
+        self.started, self.parent = time.monotonic(), os.getppid()
         self.stopping = threading.Event()  # set once, by whoever stops the server
         self.connections: set[FrameSocket] = set()
-        self._noted = 0  # what was logged of peers since the last purge
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -807,28 +800,21 @@ class _Server(socketserver.ThreadingTCPServer):
         _log.info("listening on %s", place)
         _log.info("stop it with Ctrl-C, or shutdown_server() from a client")
         if not self.secret and not place.startswith(("127.", "::1")):
-            can = "read and put messages, and stop this server"
-            _log.warning("no secret: anyone on the network can %s", can)
-        try:
+            _log.warning("no secret: anyone on the network can read, put and stop it")
+        with self:
             for job in (self._purge, self._hold_rounds):
-                threading.Thread(target=job, daemon=True).start()
+                threading.Thread(target=self._repeat, args=(job,), daemon=True).start()
             self.serve_forever(POLL_SECONDS)
-        finally:
-            self.close()
-            _log.info("stopped; goodbye")
 
     def stop(self) -> None:
         """Ends `run` from another thread; returns when the port is free."""
         self.stopping.set()
-        with contextlib.suppress(OSError):
-            # Wakes the thread that accepts, where the system can do that.
-            self.socket.shutdown(socket.SHUT_RDWR)
         self.shutdown()
-        self.server_close()
+        self.socket.close()
 
-    def close(self) -> None:
+    def server_close(self) -> None:
         """Frees the port and ends every conversation; replies get 0.15 s more."""
-        self.server_close()
+        self.socket.close()
         self.stopping.set()
         self.store.rounds.put(None)
         for waiter in self.store.close():
@@ -840,46 +826,43 @@ class _Server(socketserver.ThreadingTCPServer):
             while self.connections and time.monotonic() < end:
                 time.sleep(0.002)
 
+    def _repeat(self, job: Callable[[], None]) -> None:
+        """A thread whose job goes on after a fault, as all depend on it."""
+        while not self.stopping.is_set():
+            try:
+                job()
+            except Exception:  # out of memory, or the store was closed meanwhile
+                if not self.stopping.is_set():
+                    self.handle_error(None, "everybody")
+
     def _purge(self) -> None:
-        """The timer thread: frees expired messages, also in topics nobody touches, and
-        looks whether the process that started this one is still there."""
+        """The timer: frees expired messages, also in topics nobody touches, and looks
+        whether the process that started this one is still there."""
+        self.stopping.wait(PURGE_SECONDS)
         started_by = sys.modules.get("multiprocessing")
         parent = started_by and started_by.parent_process()
-        number = os.getppid()  # tells more while the parent's other children live
-        while not self.stopping.wait(PURGE_SECONDS):
-            self._noted = 0
-            if parent and (os.getppid() != number or not parent.is_alive()):
-                _log.warning("stopping: the process that started this one has ended")
-                self.stop()
-            try:
-                while self.store.purge():
-                    if self.stopping.wait(0.001):  # in which others get the lock
-                        return
-                self.store.tidy()
-            except Exception:  # try again: without this thread nothing ever expires
-                with contextlib.suppress(MemoryError):
-                    if not self.stopping.is_set():
-                        _log.exception("purging failed")
+        # The number tells more while the parent's other children live.
+        if parent and (os.getppid() != self.parent or not parent.is_alive()):
+            _log.warning("stopping: the process that started this one has ended")
+            self.stop()
+        while self.store.purge():
+            self.stopping.wait(0.001)  # in which others get the lock
+        self.store.tidy()
 
     def _hold_rounds(self) -> None:
-        """The thread that answers the readers who wait for their topic's round."""
+        """Answers the readers who wait for their topic's next round."""
         while entry := self.store.rounds.get():
             time.sleep(max(entry.next_round - time.monotonic(), 0))
-            try:
-                self.answer_readers(entry)
-            except Exception:  # out of memory; but others wait for their rounds
-                with contextlib.suppress(MemoryError):
-                    _log.exception("a round failed")
+            self.answer_readers(entry)
 
     def answer_readers(self, entry: _Topic) -> None:
         """Neighbours at the same place get the same reply, made once."""
         begun, last, reply = time.monotonic(), EMPTY, _NO_MESSAGES
         for waiter, batch in self.store.take_readers(entry):
-            if batch is not last:
-                try:
-                    last, reply = batch, _messages_reply(batch)
-                except MemoryError:  # what was put is stored; the reader asks again
-                    last, reply = EMPTY, _NO_MESSAGES
+            try:
+                last, reply = batch, reply if batch is last else _messages_reply(batch)
+            except MemoryError:  # what was put is stored; the reader asks again
+                last, reply = EMPTY, _NO_MESSAGES
             waiter.connection.answer(reply)
         now = time.monotonic()
         entry.next_round = now + min(4 * (now - begun), 0.002)
@@ -901,13 +884,8 @@ class _Server(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
         job = self.process_request_thread
-        try:
-            # Thread.start would wait until the thread has begun: for ever, if memory
-            # runs out just then.
-            _thread.start_new_thread(job, (request, client_address))
-        except (RuntimeError, MemoryError) as error:  # no thread to be had
-            self.note(logging.WARNING, "closing %s: %s", request.peer, error)
-            self.shutdown_request(request)
+        # Thread.start would wait for its begin: for ever, if memory runs out just then.
+        _thread.start_new_thread(job, (request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
         request.shut()  # a forked child may have it too, and then closing ends nothing
@@ -921,16 +899,10 @@ class _Server(socketserver.ThreadingTCPServer):
         for connection in list(self.connections):
             connection.close()
 
-    def note(self, level: int, text: str, *values: object) -> None:
-        """Logs what a peer did, but twenty times a second at most: none may fill the
-        disk."""
-        self._noted += 1
-        if self._noted <= 10:
-            _log.log(level, text, *values, exc_info=level == logging.ERROR)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A fault of ours, or no memory left: it ends one connection.
-        self.note(logging.ERROR, "a fault serving %s", request.peer)
+        """A fault of ours, no memory or no thread left: it ends one connection."""
+        with contextlib.suppress(MemoryError):
+            _log.exception("a fault serving %s", _address(client_address))
 
 
 # Servers and clients: what a forked child closes of its parent's.
@@ -963,8 +935,7 @@ def _proof(secret: str, role: str, nonce: str, challenge: str) -> str:
     role keeps one side's proof from being sent back as the other's."""
     import hmac
 
-    text = f"dsmq {role}:{nonce}:{challenge}"
-    data = text.encode(errors="replace")
+    data = f"dsmq {role}:{nonce}:{challenge}".encode(errors="replace")
     return hmac.new(secret.encode(), data, "sha256").hexdigest()
 
 
@@ -983,7 +954,6 @@ class _Handler(socketserver.BaseRequestHandler):
     _end: float | None = None  # of the time to prove that it knows the secret
     _expected_proof = ""  # the client's, once it said hello
     _since = 0.0  # as it said there
-    _waiter: Waiter | None = None  # of the get that waits, if one does
     _readers: _Topic | None = None  # whose readers a put has to answer
     _plain = False  # there are no escapes in the request
 
@@ -999,31 +969,19 @@ class _Handler(socketserver.BaseRequestHandler):
                 self._end, self.request.max_frame_bytes = soon, 4096
             self._converse()
         except DSMQError as error:
-            self._say_goodbye(error)
+            _log.warning("closing %s: %s", self.request.peer, error)
+            # Bytes left unread would reset the connection, and the reply might be lost.
+            with contextlib.suppress(OSError):  # where possible: the peer may have gone
+                end = time.monotonic() + LINGER_SECONDS
+                self.request.send(_error_reply(error), end)
+                self.request.shut(socket.SHUT_WR)
+                while self.request.some(SEND_BYTES, end):
+                    pass
         except OSError as error:  # vanished, stalled, or does not read
-            self.server.note(logging.INFO, "closing %s: %s", self.request.peer, error)
-        finally:
-            if self._waiter and self.server.store.end_wait(self._waiter):
-                self.request.sending.release()
-
-    def _say_goodbye(self, error: DSMQError) -> None:
-        """Then reads until the peer closes: bytes left unread would reset the
-        connection, and the peer might lose the reply that says why it is closed."""
-        self.server.note(logging.WARNING, "closing %s: %s", self.request.peer, error)
-        with contextlib.suppress(OSError):  # where possible: the peer may have gone
-            end = time.monotonic() + LINGER_SECONDS
-            self.request.send(_error_reply(error), end)
-            self.request.shut(socket.SHUT_WR)
-            while self.request.some(SEND_BYTES, end):
-                pass
+            _log.info("closing %s: %s", self.request.peer, error)
 
     def _converse(self) -> None:
-        while True:
-            if self._waiter:
-                self._hear(self._waiter)
-            body = self.request.receive(self._end)
-            if body is None:
-                return
+        while (body := self.request.receive(self._end)) is not None:
             reply = self._answer(body)
             del body  # a long one must not stay while the thread waits for the next
             readers, self._readers = self._readers, None
@@ -1038,26 +996,8 @@ class _Handler(socketserver.BaseRequestHandler):
                 self.request.send(reply)
             del reply  # nor must this
 
-    def _hear(self, waiter: Waiter) -> None:
-        """Awaits the peer's next request, which tells that its get was answered, or its
-        end; when the wait is over, answers itself. So this thread need not be woken for
-        the reply: with eight readers that is a third faster."""
-        frames, store = self.request, self.server.store
-        with contextlib.suppress(TimeoutError):
-            frames.unread = frames.unread or frames.some(4096, waiter.end)
-            if not frames.unread:
-                return
-        # A peer that asks ahead has to be patient. Whoever answers its get releases
-        # what `_get` has acquired.
-        if frames.sending.acquire(timeout=max(waiter.end - time.monotonic(), 0)):
-            frames.sending.release()
-        elif store.end_wait(waiter):
-            # Maybe something, if the topic rests as the wait ends.
-            frames.answer(_messages_reply(store.get(*waiter[:4])))
-        self._waiter = None
-
     def _answer(self, body: bytearray) -> bytes:
-        """The reply's frame; empty for a get that waits."""
+        """The reply's frame; empty for a get that another thread answers."""
         try:
             request, self._plain = decode_object(body), b"\\" not in body
             action = request.get("action")
@@ -1074,33 +1014,27 @@ class _Handler(socketserver.BaseRequestHandler):
             return _error_reply(QueueFull("out of memory"))
 
     def _hello(self, request: _Fields) -> bytes:
-        protocol = _integer(request, "protocol", PROTOCOL)
-        if protocol != PROTOCOL:
+        if (protocol := _integer(request, "protocol", PROTOCOL)) != PROTOCOL:
             raise _refusal(f"protocol is {PROTOCOL}, not {protocol}")
-        self._since = _seconds(request, "since")
-        reply = {
-            "protocol": PROTOCOL,
-            "server": self.server.name,
-            "max_frame_bytes": self.server.max_frame_bytes,
-            "time_to_live": self.server.store.time_to_live,
-        }
+        self._since, server = _seconds(request, "since"), self.server
+        reply: _Fields = {"protocol": PROTOCOL, "server": server.name}
+        reply["max_frame_bytes"] = server.max_frame_bytes
+        reply["time_to_live"] = server.store.time_to_live
         if not self._end:
-            head = self.server.store.head_before(self._since)
-            return encode_object({**reply, "head": head})
-        if request.get("nonce") is None:
+            reply["head"] = server.store.head_before(self._since)
+        elif request.get("nonce") is None:
             raise _refusal("this server requires its secret", "authentication")
-        nonce, challenge = _text(request, "nonce", 256), os.urandom(32).hex()
-        secret = self.server.secret
-        self._expected_proof = _proof(secret, "client", nonce, challenge)
-        proof = _proof(secret, "server", nonce, challenge)
-        return encode_object({**reply, "challenge": challenge, "proof": proof})
+        else:
+            words = _text(request, "nonce", 256), os.urandom(32).hex()
+            self._expected_proof = _proof(server.secret, "client", *words)
+            reply["challenge"] = words[1]
+            reply["proof"] = _proof(server.secret, "server", *words)
+        return encode_object(reply)
 
     def _authenticate(self, request: _Fields) -> bytes:
         expected, self._expected_proof = self._expected_proof, ""  # good for one try
-        proven = expected and _same(request.get("proof"), expected)
-        if self._end and not proven:
-            text = "%s does not know the secret"
-            self.server.note(logging.WARNING, text, self.request.peer)
+        if self._end and not (expected and _same(request.get("proof"), expected)):
+            _log.warning("%s does not know the secret", self.request.peer)
             raise _refusal("that proof is wrong", "authentication")
         self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
@@ -1108,70 +1042,78 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _put(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
-        bodies = self._bodies(request.get("messages"))
-        origin = None
-        if request.get("client") is not None:
-            client = _text(request, "client", 256)
-            sequence = _integer(request, "sequence")
-            origin = client, sequence, _integer(request, "settled", -MAX_INTEGER - 1)
-        head, self._readers = self.server.store.put(topic, bodies, origin)
-        return encode_frame(b'{"head":%d}' % head)
-
-    def _bodies(self, messages: object) -> list[bytes]:
-        if not isinstance(messages, list) or not messages:
-            raise _refusal("messages must be a list of texts, 1 or more")
-        if len(messages) > MAX_PUT_MESSAGES:
-            text = f"{len(messages)} messages; the limit is {MAX_PUT_MESSAGES}"
-            raise _refusal(text, "too_large")
-        if {*map(type, messages)} != {str}:
-            wrong = next(m for m in messages if not isinstance(m, str))
+        texts, most = request.get("messages"), MAX_PUT_MESSAGES
+        if not isinstance(texts, list) or not 1 <= len(texts) <= most:
+            text = f"messages must be a list of 1 to {most} texts"
+            raise _refusal(f"{text}, not {_shown(texts)}")
+        if {*map(type, texts)} != {str}:
+            wrong = next(text for text in texts if not isinstance(text, str))
             raise _refusal(f"a message must be text, not {_shown(wrong)}")
         try:
             if self._plain:  # a frame without escapes carries texts as they are stored
-                bodies = [b'"%b"' % message.encode() for message in messages]
+                bodies = [b'"%b"' % text.encode() for text in texts]
             else:
-                bodies = [*map(encode_text, messages)]
+                bodies = [*map(encode_text, texts)]
         except ValueError as error:
             raise _refusal(str(error)) from None
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         if (longest := max(map(len, bodies))) > limit:
             text = f"a message of {longest} bytes; the limit is {limit}"
             raise _refusal(text, "too_large")
-        return bodies
+        origin = None
+        if request.get("client") is not None:
+            client = _text(request, "client", 256)
+            sequence = _integer(request, "sequence")
+            origin = client, sequence, _integer(request, "settled", -1 << 63)
+        head, self._readers = self.server.store.put(topic, bodies, origin)
+        return encode_frame(b'{"head":%d}' % head)
 
     def _get(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
-        after, limit = _integer(request, "after"), _integer(request, "limit", 1)
+        after, limit = _integer(request, "after"), _integer(request, "limit", 1, 1)
         store = self.server.store
         if request["action"] == "get_latest":
             return _messages_reply(store.get_latest(topic, after))
-        if limit < 1:
-            raise _refusal(f"limit must be at least 1, not {limit}")
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
         room = min(_integer(request, "limit_bytes", room), room)
-        seconds = min(_seconds(request, "wait"), MAX_WAIT_SECONDS)
-        if not seconds:
-            return _messages_reply(store.get(topic, after, limit, room))
-        end = time.monotonic() + seconds
-        waiter = Waiter(topic, after, limit, room, end, self.request)
-        self.request.sending.acquire()  # until whoever takes it from the store answers
+        if seconds := min(_seconds(request, "wait"), MAX_WAIT_SECONDS):
+            end = time.monotonic() + seconds
+            return self._wait(Waiter(topic, after, limit, room, end, self.request))
+        return _messages_reply(store.get(topic, after, limit, room))
+
+    def _wait(self, waiter: Waiter) -> bytes:
+        """The reply to a get that waits; empty if whoever took it from the store sends
+        it. Awaits the peer's next request, which tells that it came, or its end. So
+        this thread need not be woken: with eight readers that is a third faster."""
+        frames, store = self.request, self.server.store
+        ours = frames.sending.acquire()  # and whoever takes it from the store releases
         try:
-            batch = store.get(topic, after, limit, room, waiter)
-            if not batch.ids:
-                self._waiter = waiter
+            batch = store.get(*waiter[:4], waiter)
+            if batch.ids:
+                return _messages_reply(batch)
+            ours = False
+            with contextlib.suppress(TimeoutError):
+                frames.unread = frames.unread or frames.some(4096, waiter.end)
+                if not frames.unread:  # the peer has gone
+                    return b""
+            # One that asks ahead has to be patient.
+            left = max(waiter.end - time.monotonic(), 0)
+            if ours := frames.sending.acquire(timeout=left):  # it was answered
                 return b""
+        except MemoryError:  # not told, for the reply may be on its way
+            raise ConnectionAbortedError("out of memory") from None
         finally:
-            if not self._waiter:
-                self.request.sending.release()
-        return _messages_reply(batch)
+            ours = ours or store.end_wait(waiter)
+            if ours:
+                frames.sending.release()
+        # Maybe something, if the topic rests as the wait ends.
+        return _messages_reply(store.get(*waiter[:4])) if ours else b""
 
     def _stats(self, request: _Fields) -> bytes:
-        stats = {
-            "version": __version__,
-            "uptime": time.monotonic() - self.server.started,
-            "clients": len(self.server.connections),
-            **self.server.store.stats(),
-        }
+        uptime = time.monotonic() - self.server.started
+        stats: _Fields = {"version": __version__, "uptime": uptime}
+        stats["clients"] = len(self.server.connections)
+        stats |= self.server.store.stats()
         reply = encode_object(stats)
         if len(reply) > self.server.max_frame_bytes:
             left_out = len(stats["topics"])
@@ -1185,14 +1127,9 @@ class _Handler(socketserver.BaseRequestHandler):
 
     # README's table tells the fields and replies.
     ACTIONS: ClassVar[dict[str, Callable[[_Handler, _Fields], bytes]]] = {
-        "hello": _hello,
-        "authenticate": _authenticate,
-        "put": _put,
-        "get": _get,
-        "get_latest": _get,
-        "stats": _stats,
-        "shutdown": _shutdown,
-    }
+        "hello": _hello, "authenticate": _authenticate, "put": _put, "get": _get,
+        "get_latest": _get, "stats": _stats, "shutdown": _shutdown,
+    }  # fmt: skip
 
 
 # What a field of a request must be. Each refuses what is not, naming field and value.
@@ -1214,10 +1151,13 @@ def _text(request: _Fields, field: str, most: int) -> str:
     raise _refusal(f"{text}, not {_shown(value)}")
 
 
-def _integer(request: _Fields, field: str, absent: int | None = None) -> int:
+def _integer(
+    request: _Fields, field: str, absent: int | None = None, least: int = -1 << 63
+) -> int:
     value = request.get(field, absent)
-    if type(value) is not int or not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
-        raise _refusal(f"{field} must be a 64-bit integer, not {_shown(value)}")
+    if type(value) is not int or not least <= value <= MAX_INTEGER:
+        text = f"{field} must be a 64-bit integer, at least {least}"
+        raise _refusal(f"{text}, not {_shown(value)}")
     return value
 
 
@@ -1241,8 +1181,8 @@ def serve(
     certfile: str | None = None,
     keyfile: str | None = None,
 ) -> None:
-    """Runs a server; blocks until a client, Ctrl-C or (in a main thread) SIGTERM stops
-    it, or the parent of its multiprocessing.Process has ended; then returns.
+    """Runs a server; blocks until a client or Ctrl-C stops it, or the parent of its
+    multiprocessing.Process has ended; then returns.
 
     It listens at `host` (127.0.0.1: this machine only; "0.0.0.0": the network) and
     `port` (0: any free one, which the log tells); `verbose` shows the log, of the
@@ -1263,32 +1203,12 @@ def serve(
         _show_log()
     if keyfile is not None and certfile is None:
         raise ValueError("a keyfile needs a certfile")
-    limits = max_frame_bytes, max_clients
     context = None if certfile is None else _tls_context(None, certfile, keyfile)
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        _ended_by_sigterm(),
-        contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
-        _Server(host, port, store, *limits, secret, context) as server,
-    ):
-        server.run()
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """In a main thread SIGTERM is as Ctrl-C, unless the program has its own handler."""
-    import signal
-
-    term, default = signal.SIGTERM, signal.SIG_DFL
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(term) is default
-    if ours:
-        signal.signal(term, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(term, default)
+    limits = {"max_frame_bytes": max_frame_bytes, "max_clients": max_clients}
+    with contextlib.suppress(KeyboardInterrupt):
+        store = MessageStore(float(time_to_live), max_bytes)
+        _Server(host, port, store, secret=secret, context=context, **limits).run()
+    _log.info("stopped; goodbye")
 
 
 def _tls_context(
@@ -1297,25 +1217,20 @@ def _tls_context(
     """A server's if it has a certificate, else a client's."""
     import ssl
 
-    for path in (certfile, keyfile):
-        if path is not None:
+    if certfile is None:
+        context = ssl.create_default_context(cafile=trusted)
+    else:
+        for path in (certfile, keyfile or certfile):
             open(path, "rb").close()  # its error names the path; that of ssl does not
-    side = ssl.Purpose.SERVER_AUTH if certfile is None else ssl.Purpose.CLIENT_AUTH
-    context = ssl.create_default_context(side, cafile=trusted)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if certfile is not None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certfile, keyfile)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
 
-@cache  # each line is shown once, however often it is asked for
 def _show_log() -> None:
-    """Shows the log on stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # A program with a log of its own shows these lines there.
-    handler.addFilter(lambda record: not logging.getLogger().handlers)
-    _log.addHandler(handler)
+    """Shows the log on stderr; with the log of the program, if that has one."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     _log.setLevel(logging.INFO)
 
 
@@ -2186,18 +2101,18 @@ def demo() -> None:
     port = _free_port()
     server = _start(serve, DEFAULT_HOST, port)
     with connect(port=port) as mq, connect(port=port) as a, connect(port=port) as b:
-        _say(f"server:   listening on {DEFAULT_HOST}:{port}")
-        _say("getter A: connected", "getter B: connected")
+        print(f"server:   listening on {DEFAULT_HOST}:{port}")
+        print("getter A: connected\ngetter B: connected")
         for text in "Hello, world", "Part mail room,", "part bulletin board.", "Bye":
-            _say(f"putter:   puts {text!r}")
+            print(f"putter:   puts {text!r}")
             mq.put("greetings", text)
-            _say(f"getter A: got {a.get_wait('greetings')!r}")
-            _say(f"getter B: got {b.get_wait('greetings')!r}")
+            print(f"getter A: got {a.get_wait('greetings')!r}")
+            print(f"getter B: got {b.get_wait('greetings')!r}")
             time.sleep(0.3)
-        _say("putter:   asks the server to stop")
+        print("putter:   asks the server to stop")
         mq.shutdown_server()
     server.join()
-    _say("server:   stopped")
+    print("server:   stopped")
 
 
 def _start(work: Callable[..., object], *arguments: Any) -> Any:
@@ -2215,19 +2130,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _say(*lines: str) -> None:
-    try:
-        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
-    except OSError as error:
-        # Python would complain once more, when it flushes standard output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # Whoever read our output may have had enough.
-        sys.exit(None if isinstance(error, BrokenPipeError) else f"dsmq: {error}")
-
-
 def _serve(**limits: Any) -> None:
     """Runs a server."""
-    with contextlib.suppress(KeyboardInterrupt), _ended_by_sigterm():  # also early
+    import signal
+
+    # A service is told so to stop; a program that calls `serve` minds its own signals.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):  # also early
         serve(verbose=True, **limits)
 
 
@@ -2262,40 +2171,36 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
         raise ValueError("standard output is closed")
     _show_log()  # a lost server is told of
     came: queue.Queue[Any] = queue.Queue(100)  # so readers wait for a slow terminal
-    with connect(**where) as mq:
-        if told:
-            _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
-        for topic in topics:
-            threading.Thread(
-                target=_follow, args=(mq, topic, came), daemon=True
-            ).start()
-        seen, end = 0, time.monotonic() + timeout
-        while seen < count and (left := end - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
-                # Not longer at once: on Windows Ctrl-C does not end this wait.
-                topic, message = came.get(timeout=min(left, 1.0))
-                if isinstance(message, Exception):
-                    raise message
-                line = f"{topic} {message}" if len(topics) > 1 else message
-                entry = {"topic": topic, "message": message}
-                _say(json.dumps(entry) if as_json else line)
-                seen, end = seen + 1, time.monotonic() + timeout
+    mq = connect(**where)  # to the end of the process, as its readers are
+    if told:
+        _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
+    for topic in topics:
+        threading.Thread(target=_follow, args=(mq, topic, came), daemon=True).start()
+    seen, end = 0, time.monotonic() + timeout
+    while seen < count and (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            # Not longer at once: on Windows Ctrl-C does not end this wait.
+            topic, message = came.get(timeout=min(left, 1.0))
+            if isinstance(message, Exception):
+                raise message
+            line = f"{topic} {message}" if len(topics) > 1 else message
+            entry = {"topic": topic, "message": message}
+            print(json.dumps(entry) if as_json else line)
+            seen, end = seen + 1, time.monotonic() + timeout
     if seen < count < math.inf:
         raise TimeoutError(f"{seen} of {count} messages came")
 
 
 def _follow(mq: DSMQClientSideConnection, topic: str, came: Any) -> None:
     """Passes on a topic's messages, through restarts of the server, to the end."""
-    while not mq.closed:
+    while True:
         try:
             came.put((topic, mq.get_wait(topic, math.inf)))
         except OSError as error:
-            if not mq.closed:
-                _log.warning("%s; trying again", error)
-                time.sleep(1)  # for some errors come at once
+            _log.warning("%s; trying again", error)
+            time.sleep(1)  # for some errors come at once
         except Exception as error:
-            came.put((topic, error))  # the main thread tells it
-            return
+            came.put((topic, error))  # the main thread tells it, and ends
 
 
 def _stats(as_json: bool = False, **where: Any) -> None:
@@ -2303,14 +2208,14 @@ def _stats(as_json: bool = False, **where: Any) -> None:
     with connect(**where) as mq:
         stats = mq.stats()
     if as_json:
-        _say(json.dumps(stats))
+        print(json.dumps(stats))
         return
     topics, stats["uptime"] = stats.pop("topics"), int(stats["uptime"])
-    _say(*(f"{name:<14}{value}" for name, value in stats.items()), "")
-    _say(f"{'topic':<30}{'messages':>12}{'bytes':>14}")
+    print(*(f"{name:<14}{value}" for name, value in stats.items()), "", sep="\n")
+    print(f"{'topic':<30}{'messages':>12}{'bytes':>14}")
     for topic, one in topics.items():
-        shown = repr(topic)[1:-1]  # in one line, with nothing a terminal would obey
-        _say(f"{shown:<30}{one['messages']:>12}{one['bytes']:>14}")
+        # In one line, with nothing a terminal would obey.
+        print(f"{repr(topic)[1:-1]:<30}{one['messages']:>12}{one['bytes']:>14}")
 
 
 def _shutdown(**where: Any) -> None:
@@ -2321,7 +2226,7 @@ def _shutdown(**where: Any) -> None:
 
 def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
     """Measures a server of its own, or the one at --host and --port."""
-    from timeit import timeit
+    from timeit import repeat, timeit
 
     _check_number("count", count, 1, sys.maxsize, whole=True)
     if not where.keys() & {"host", "port"}:
@@ -2341,27 +2246,20 @@ def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
         for name, times, call, *arguments in calls:
             seconds = timeit(partial(call, *arguments), number=times) / times
             figures[name] = seconds * 1e6 / (100 if "100" in name else 1)
-        _start(_read, mq, topic, count, partial(mq.put, topic + "back"))
+        ask, back = partial(mq.put, topic, "x"), topic + "back"
+        _start(_read, mq, topic, count, partial(mq.put, back))
         mq.get_wait(topic + "ready")
-        ways = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            mq.put(topic, "x")
-            mq.get_wait(topic + "back")
-            ways.append(time.perf_counter() - begin)
+        ways = repeat(lambda: (ask(), mq.get_wait(back)), number=1, repeat=count)
         figures["one way to another process, median"] = sorted(ways)[count // 2] / 2e-6
         topic += "fan "
         readers = [_start(_read, mq, topic, count, len) for _ in range(4)]
         for _ in readers:
             mq.get_wait(topic + "ready")
-        begin = time.perf_counter()
-        timeit(partial(mq.put, topic, "x"), number=count)
-        for reader in readers:
-            reader.join()
-        rate = 4 * count / (time.perf_counter() - begin)
-        figures["1 writer, 4 readers, deliveries/s"] = rate
+        seconds = timeit(partial(mq.put, topic, "x"), number=count)
+        seconds += timeit(lambda: [reader.join() for reader in readers], number=1)
+        figures["1 writer, 4 readers, deliveries/s"] = 4 * count / seconds
     rows = [f"{name:<40} {figure:10,.1f}" for name, figure in figures.items()]
-    _say(*[json.dumps(figures)] if as_json else rows)
+    print(json.dumps(figures) if as_json else "\n".join(rows))
 
 
 def _read(mq: DSMQClientSideConnection, topic: str, count: int, use: Any) -> None:
@@ -2434,9 +2332,12 @@ def _parsed(arguments: list[str]) -> Callable[[], None]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; gives the exit status."""
     if hasattr(sys.stdout, "reconfigure"):  # not if it is closed or replaced
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
     try:
         _parsed(sys.argv[1:] if arguments is None else arguments)()
+        return 0
+    except BrokenPipeError:
+        return 0  # whoever read our output had enough
     except KeyboardInterrupt:
         return 130  # as a shell tells it
     except (OSError, DSMQError, ValueError) as error:
@@ -2444,8 +2345,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"dsmq: {error}", file=sys.stderr)
         return 1
     finally:
-        _say()  # flushes, be it a help nobody reads
-    return 0
+        try:
+            print(end="", flush=True)  # be it a help that nobody reads
+        except OSError:  # which Python would meet once more, and tell, at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
