@@ -1466,16 +1466,10 @@ class DSMQClientSideConnection:
         self._note_server(known, link.server, _reply_integer(reply, "head"))
 
     def _note_server(
-        self,
-        known: str | None,
-        name: str,
-        head: int,
-        begin: int = 0,
-        last: int = 0,
-        seen: dict[str, int] | None = None,
+        self, known: str | None, name: str, head: int, begin: int = 0, stale: Any = None
     ) -> None:
         """Takes in a server's name, where `known` was expected. If it has another, ids
-        above `last` (that were `seen` before it was asked) mean nothing to it: reading
+        above `begin` mean nothing to it, or only what `stale` has as cursors: reading
         goes on from `begin`."""
         with self._lock:
             if self._server == name:
@@ -1483,15 +1477,14 @@ class DSMQClientSideConnection:
             if self._server != known:  # by now another thread has found its successor
                 raise ConnectionResetError("the server has been replaced")
             # What is new there is to be read; what was read ahead comes before.
-            if known is None or self._start > last:
+            if known is None or self._start > begin:
                 self._start = head if known is None else begin
             for topic, reader in [*self._cursors.items()]:  # a signal handler adds some
-                old = seen is None or seen.get(topic) == reader.last
-                if old and reader.last > last and self._server == known:
-                    after = min(reader.last, begin)
+                old = stale is None or stale.get(topic) == reader.last
+                if old and reader.last > begin and self._server == known:
                     for i, (_, text, expires) in enumerate(reader.unread):
-                        reader.unread[i] = after, text, expires
-                    reader.last = after
+                        reader.unread[i] = begin, text, expires
+                    reader.last = begin
             self._server = name
 
     def _named(self, error: OSError) -> OSError:
@@ -1825,83 +1818,68 @@ def connect(
 
 # ------------------------------------------------------------ past one machine (Redis)
 
-_REDIS_LOOK_SECONDS = 10.0  # between looks at its clock and head
 _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 
-# A topic's messages are in a stream, {dsmq:topic}, with ids of milliseconds and a
-# number; the number of a client's last put is for a while in {dsmq:topic}client, on the
-# same node of a cluster by the braces. On a single server dsmq:head is the newest id
-# over all topics, and dsmq:run the run of the server (another one after a restart),
-# from which id on that has put (0-0 if all was lost), and since when. Redis would make
-# ids from its clock alone, which may step back, and two topics may share a millisecond:
-# made from dsmq:head they tell what was put before a connect.
+# A topic's messages are in a stream {dsmq:topic}, with ids of milliseconds and a
+# number; the number of a client's last put is for a while in {dsmq:topic}client, by the
+# braces on the same node of a cluster. On a single server dsmq:head is the newest id
+# over all topics (by the clock alone ids may step back, and topics share a
+# millisecond), and dsmq:run the run of the server, another one after a restart, from
+# which id on that has put (0-0 if all was lost), and since when.
 #
-# This stores messages, all or none. KEYS are these, ARGV the put's number (one below
-# the last comes late, on a connection given up), for how many seconds to keep messages
-# and number, the server's run, and the messages. Without any it gives the time, the
-# head (in a cluster, the last id of this millisecond) and the run.
+# This stores messages, all or none. ARGV: the put's number (one below the last comes
+# late, on a connection given up), for how many seconds to keep messages and number, the
+# run, the messages. Without any it gives the time, the head (in a cluster, the last id
+# of this millisecond) and the run.
 _REDIS_PUT = """
 local last = redis.call('GET', KEYS[2])
 if last and tonumber(last) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local id, run = now .. '-18446744073709551615', 'cluster 0-0 0'
+local head, run = now .. '-18446744073709551615', 'cluster 0-0 0'
 if KEYS[3] then
-    id, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4]) or ''
+    head, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4])
 end
-if string.find(run, ARGV[4], 1, true) ~= 1 then
-    local new = table.concat({ARGV[4], id, time[1] .. '.' .. time[2]}, ' ')
-    if not redis.pcall('SET', KEYS[4], new).err then run = new end
-    if run == '' then run = ARGV[4] .. ' 0-0 0' end
+if string.find(run or '', ARGV[4], 1, true) ~= 1 then
+    local new = table.concat({ARGV[4], head, time[1] .. '.' .. time[2]}, ' ')
+    local set = redis.pcall('SET', KEYS[4], new).ok
+    run = set and new or run or ARGV[4] .. ' 0-0 0'
 end
-if #ARGV == 4 then return {now, id, run} end
-local ms, number = string.match(id, '(%d+)-(%d+)')
+if #ARGV == 4 then return {now, head, run} end
+local ms, number = string.match(head, '(%d+)-(%d+)')
 if tonumber(ms) < now then ms, number = now, -1 end
 for i = 5, #ARGV do
-    id = KEYS[3] and ms .. '-' .. number + i - 4 or '*'
-    redis.call('XADD', KEYS[1], id, 'message', ARGV[i])
+    head = KEYS[3] and ms .. '-' .. number + i - 4 or '*'
+    redis.call('XADD', KEYS[1], head, 'message', ARGV[i])
 end
-if KEYS[3] then redis.call('SET', KEYS[3], id) end
+if KEYS[3] then redis.call('SET', KEYS[3], head) end
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[3])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 
-# What an error of the package becomes, by its class and text.
-_REDIS_ERRORS: dict[str, type[Exception]] = {
-    "OutOfMemory|OOM": QueueFull,
-    "Authentication": AuthenticationError,
-    "InvalidResponse": FrameError,
-    "^(ResponseError|NoPermission)(?!.*(BUSY|READONLY|UNBLOCKED))": DSMQError,
-    "": ConnectionError,  # retried: a restart, a failover or a slot on the move passes
-}
-
 
 class _RedisConnection(DSMQClientSideConnection):
-    """A client like any other, whose messages are in Redis 6.2 or later.
-
-    In a Redis Cluster each node makes ids from its own clock: where reading begins is
-    exact only up to the difference between them, and while one that stepped back
-    catches up, what is put to its node may be missed. A failover may lose messages.
-    """
+    """A client like any other, whose messages are in Redis 6.2 or later. In a cluster
+    each node makes ids from its own clock, so where reading begins is less exact."""
 
     _engine = "Redis"
     _encode = staticmethod(str.encode)
     _message_bytes = 72  # that one takes in a request beside its text, at most
     _nodes: tuple[tuple[str, int], ...] = ()  # of a cluster, as last heard of
     _count = 10  # of messages to read at a time
+    _looked = _ahead = 0.0  # when its clock was seen, and its lead over ours
 
     def __init__(
         self, url: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
     ) -> None:
-        if port != DEFAULT_PORT or secret is not None:
-            raise ValueError("port and password of a Redis belong in its URL")
-        if tls and not url.startswith(("rediss:", "valkeys:")):
-            raise ValueError("TLS to a Redis is asked for with rediss://")
         self._url = re.sub("^valkey", "redis", url)
+        plain = tls and not self._url.startswith("rediss:")
+        if port != DEFAULT_PORT or secret is not None or plain:
+            raise ValueError("port, password and rediss:// for TLS belong in the URL")
         login = "(?:[^][/?#@]*@)?"
         known = rf"(?:unix://{login}(/[^?#]*)|rediss?://{login}"
-        known += r"\[?([\w:.%]+(?=\])|[^][/?#@:\s]*)\]?(?::(\d+))?(?:/\d*)?)"
+        known += r"(\[[\w:.%]+\]|[^][/?#@:\s]*)(?::(\d+))?(?:/\d*)?)"
         # These options would change what replies are.
         known += r"(?:\?(?!(?:.*&)?(?:decode_responses|protocol)=)[^#@]*)?"
         form = re.fullmatch(known, self._url)
@@ -1910,8 +1888,8 @@ class _RedisConnection(DSMQClientSideConnection):
             right = "redis://[user:password@]host[:port][/database][?options]"
             text = f"{scheme}:// begins no Redis URL: it is like {right}, in ASCII"
             raise ValueError(f"{text}, with any /?#@ in a password as %2F and so on")
-        host, port = form[1] or form[2] or "localhost", int(form[3] or 6379)
-        super().__init__(host, port, timeout, None, tls, since)
+        host, port = form[1] or form[2].strip("[]"), int(form[3] or 6379)
+        super().__init__(host or "localhost", port, timeout, None, tls, since)
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
         return super()._call(partial(self._translated, work))
@@ -1923,24 +1901,32 @@ class _RedisConnection(DSMQClientSideConnection):
         """`work` done, with errors as every dsmq client raises them."""
         before = sys.exc_info()[1]  # was there already, so it is no cause
         try:
-            made = link.connection
-            if made and time.monotonic() > made.looked + _REDIS_LOOK_SECONDS:
+            if link.ready and time.monotonic() > self._looked + 10.0:
                 self._look(link)
             return work(link)
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
-            if not type(error).__module__.startswith("redis."):
-                raise
-            cause: BaseException | None = error
-            while cause and cause is not before:
-                if isinstance(cause, FileNotFoundError):  # there is no such Unix socket
-                    raise ConnectionRefusedError(str(error)) from None
-                if isinstance(cause, OSError):
-                    raise cause from None
-                cause = cause.__cause__ or cause.__context__
             said = f"{type(error.__cause__ or error).__name__} {error}"[:500]
-            kinds = (k for words, k in _REDIS_ERRORS.items() if re.search(words, said))
-            raise next(kinds)(said) from None
+            cause: Any = error
+            while cause is not before and type(cause).__module__.startswith("redis."):
+                cause = cause.__cause__ or cause.__context__
+            if isinstance(error, TypeError) and not link.connection:  # of an option
+                raise ValueError(f"the URL of the Redis: {error}") from None
+            if cause is error:
+                raise
+            if isinstance(cause, OSError) and cause is not before:
+                gone = isinstance(cause, FileNotFoundError)  # a Unix socket
+                raise ConnectionRefusedError(said) if gone else cause from None
+            for kind, words in (
+                (QueueFull, r"OutOfMemory|\bOOM\b"),
+                (AuthenticationError, "Authentication"),
+                (FrameError, "InvalidResponse"),
+                (ConnectionError, "BUSY|READONLY|UNBLOCKED"),
+                (DSMQError, "^(ResponseError|NoPermission)"),
+            ):
+                if re.search(words, said):
+                    raise kind(said) from None
+            raise ConnectionError(said) from None  # it passes, as a failover does
 
     def _connect(self, link: _Link) -> None:
         """One of the package's clients, for one call at a time, and none after a call
@@ -1951,19 +1937,17 @@ class _RedisConnection(DSMQClientSideConnection):
             raise DSMQError(f"Redis needs pip install redis ({error})") from error
         # Half of the time, so that a connection forgotten on the way is made anew.
         seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0)
-        options: _Fields = {
-            "protocol": 2,
-            "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-            # Ten times a second Redis looks for waits that are over.
-            "socket_timeout": seconds + 0.1,
-            "socket_connect_timeout": seconds / (1 + len(self._nodes)),
-        }
+        never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+        options: _Fields = {"protocol": 2, "retry": never}
+        # Ten times a second Redis looks for waits that are over.
+        options["socket_timeout"] = seconds + 0.1
+        options["socket_connect_timeout"] = seconds / (1 + len(self._nodes))
         if self._url.startswith("rediss:"):
             trusted = None if isinstance(self._tls, bool) else self._tls
             options |= {"ssl_check_hostname": True, "ssl_ca_certs": trusted}
         if self._nodes:
-            node = redis.cluster.ClusterNode
-            options["startup_nodes"] = [node(*place) for place in self._nodes]
+            nodes = [redis.cluster.ClusterNode(*place) for place in self._nodes]
+            options["startup_nodes"] = nodes
             self._nodes = self._nodes[1:] + self._nodes[:1]  # the first may be silent
             client = redis.RedisCluster.from_url(self._url, **options)
             self._nodes = tuple((node.host, node.port) for node in client.get_nodes())
@@ -1971,37 +1955,34 @@ class _RedisConnection(DSMQClientSideConnection):
         else:  # one connection, not made anew unnoticed
             pool = redis.Redis.from_url(self._url, **options)
             client, close = pool.client(), pool.close
-        made = SimpleNamespace(client=client, close=close, shut=close, seconds=seconds)
-        made.run, made.looked, link.connection = "", -math.inf, made
+        link.connection = SimpleNamespace(client=client, close=close, shut=close)
         self._check_usable()  # another thread may have closed it just before
         if not self._nodes:
             info = client.info()
-            made.run = info["run_id"]
+            link.server = info["run_id"]
             if info["cluster_enabled"]:
-                link.drop()
                 self._nodes = ((self._host, self._port),)
-                self._connect(link)
+                raise ConnectionResetError("it is a cluster, as the next try knows")
+        self._look(link)
 
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
-        made, known, begun = link.connection, self._server, time.monotonic()
-        seen = {topic: reader.last for topic, reader in [*self._cursors.items()]}
-        # Any node does, and one may hang.
-        anywhere = b"{dsmq:%b}" % os.urandom(4).hex().encode()
+        known, begun = self._server, time.monotonic()
+        stale: Any = {topic: r.last for topic, r in [*self._cursors.items()]}
+        anywhere = b"{dsmq:%b}" % os.urandom(4)  # any node does, and one may hang
         now, head, name = self._store(anywhere, [], link)
-        made.ahead, link.server = now / 1000 - begun, name.decode()
-        run, began, _ = name.split()
+        run, begin, _ = name.split()
         start = _redis_id(head)
+        # In the same run it was flushed, and some of what is new may have been read.
+        flushed = known and known.startswith(run.decode())
+        stale = {t: i for t, i in stale.items() if i > start} if flushed else None
         if self._nodes:
             time.sleep(0.002)  # what is put after this millisecond gets a higher id
-        if self._since:
-            since = now - int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000)
-            start = min(start, since * _REDIS_ID - 1)
-        # In the same run it was flushed, and some of what is new may have been read.
-        last = head if str(known).startswith(run.decode()) else began
-        ids = start, _redis_id(began), _redis_id(last)
-        self._note_server(known, link.server, *ids, seen)
-        made.looked = begun
+        if since := int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000):
+            start = min(start, (now - since) * _REDIS_ID - 1)
+        self._ahead, self._looked = now / 1000 - begun, begun
+        link.server = name.decode()
+        self._note_server(known, link.server, start, _redis_id(begin), stale)
 
     def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:
         """What the server that has the key answers."""
@@ -2018,10 +1999,12 @@ class _RedisConnection(DSMQClientSideConnection):
         return b"{dsmq:%b}" % topic.encode()
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
-        keys = key, key + link.name, *(() if self._nodes else ("dsmq:head", "dsmq:run"))
+        of_all = () if self._nodes else ("dsmq:head", "dsmq:run")
+        keys = key, key + link.name, *of_all
         # The number is known for longer than this call may send it again.
-        times = int(TIME_TO_LIVE_SECONDS), int(min(self._timeout, LONGEST_SECONDS)) + 60
-        rest = link.sequence, *times, link.connection.run, *load
+        known = int(min(self._timeout, LONGEST_SECONDS)) + 60
+        times = int(TIME_TO_LIVE_SECONDS), known
+        rest = link.sequence, *times, link.server.partition(" ")[0], *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
@@ -2030,24 +2013,25 @@ class _RedisConnection(DSMQClientSideConnection):
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
         count = min(self._count, wanted or 100)
-        self._count = max(count // 2, 1)  # unless this one gets through
+        self._count = max(count // 2, 1)  # unless this one gets through, and is short
         if wanted is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
-        else:
-            seconds = min(wait, link.connection.seconds / 2, MAX_WAIT_SECONDS)
+        else:  # a wait must be over before the time limit of the socket
+            seconds = min(wait, (link.end - time.monotonic()) / 3, MAX_WAIT_SECONDS)
             block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
             what = "COUNT", count, *block, "STREAMS", key, place
-            found = self._ask(link, key, "XREAD", *what)
-            rows = found[0][1] if found else []
-        ids = [_redis_id(id_) for id_, _ in rows]
+            ((_, rows),) = self._ask(link, key, "XREAD", *what) or [(key, [])]
+        if not all(b"message" in fields for _, fields in rows):
+            raise DSMQError(f"the stream {_shown(key)} is not of dsmq alone")
         texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
-        mean_bytes = sum(map(len, texts)) // max(len(texts), 1) + 1
-        self._count = min(2 * count, FIRST_READ_AHEAD_BYTES // mean_bytes + 1, 100)
+        if sum(map(len, texts)) < FIRST_READ_AHEAD_BYTES:
+            self._count = min(2 * count, 100)
+        ids = [_redis_id(id_) for id_, _ in rows]
         begun = ids[0] // _REDIS_ID / 1000 if ids else 0.0
-        return ids, texts, begun + TIME_TO_LIVE_SECONDS - link.connection.ahead
+        return ids, texts, begun + TIME_TO_LIVE_SECONDS - self._ahead
 
     def _expired(self, link: _Link) -> int:
-        now = time.monotonic() + link.connection.ahead
+        now = time.monotonic() + self._ahead
         return (int((now - TIME_TO_LIVE_SECONDS) * 1000) + 1) * _REDIS_ID - 1
 
     def stats(self) -> _Fields:
@@ -2055,17 +2039,16 @@ class _RedisConnection(DSMQClientSideConnection):
         Redis, `max_bytes` is its maxmemory, 0 for none. Looks at each of its keys."""
 
         def ask(link: _Link) -> _Fields:
-            client, oldest = link.connection.client, self._expired(link) // _REDIS_ID
-            link.ready = False
+            client, topics = link.connection.client, {}
+            link.ready, expired = False, self._expired(link) // _REDIS_ID
             nodes = client.get_primaries() if self._nodes else ()
             servers = [client.get_redis_connection(n) for n in nodes] or [client]
-            topics = {}
             for server in servers:
                 for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
-                    server.xtrim(key, minid=oldest + 1, approximate=False)
-                    size = server.memory_usage(key) or 0
+                    server.xtrim(key, minid=expired + 1, approximate=False)
                     if messages := server.xlen(key):
                         name = key[len("{dsmq:") : -1].decode(errors="replace")
+                        size = server.memory_usage(key) or 0
                         topics[name] = {"messages": messages, "bytes": size}
             infos = [server.info() for server in servers]
             link.ready = True

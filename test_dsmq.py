@@ -2418,7 +2418,7 @@ def test_what_expired_in_redis_is_gone(connect: Connect, pass_time: PassTime) ->
 
 
 @on_redis
-def test_a_flush_of_redis_is_noticed(connect: Connect, monkeypatch: Patch) -> None:
+def test_a_flush_of_redis_is_noticed(connect: Connect) -> None:
     redis = connect.nodes[0]
     redis.cli("set", "dsmq:head", AHEAD)
     putter, getter = connect(), connect()
@@ -2426,7 +2426,7 @@ def test_a_flush_of_redis_is_noticed(connect: Connect, monkeypatch: Patch) -> No
     assert getter.get("t") == "old"
     redis.cli("flushall")
     putter.put("t", "1")  # is behind the clock that was
-    monkeypatch.setattr(dsmq, "_REDIS_LOOK_SECONDS", 0.0)
+    vars(getter)["_looked"] = -math.inf  # when it looked last
     assert getter.get("t") == "1"
 
 
@@ -2441,6 +2441,9 @@ def test_what_is_not_ours_in_redis_is_kept(redis: Redis, connect: Connect) -> No
     raises(DSMQError, "WRONGTYPE", mq.get, "t")
     mq.put("u", "x")
     assert list(mq.stats()["topics"]) == ["u"]
+    redis.cli("xadd", "{dsmq:v}", "*", "a", "b")
+    raises(DSMQError, "not of dsmq", mq.get, "v")
+    redis.cli("del", "{dsmq:v}")
     assert redis.cli("get", "mine") == redis.cli("xlen", "stream") == "1"
     (url,) = connect.address()
     one, also_one = (dsmq.connect(url + database) for database in ("/1", "?db=1"))
@@ -2458,6 +2461,7 @@ def test_redis_is_reached_in_every_way_and_tells_no_secret(new_redis: NewRedis) 
         path = f"{folder}/socket"
         there, nobody = f"unix://{path}", f"Redis at {path}"
         raises(ConnectionRefusedError, nobody, connect, there, timeout=0.1)
+        raises(ValueError, "'x'", connect, f"{there}?password=s3cr&x=s3cr")
         port = new_redis("--unixsocket", path, "--requirepass", "s3cr/et").port
         place = f"{HOST}:{port}"
         urls = [f"{scheme}://:s3cr%2Fet@{place}" for scheme in ("redis", "valkey")]
