@@ -54,7 +54,6 @@ import errno
 import json
 import logging
 import math
-import operator
 import os
 import queue
 import re
@@ -199,14 +198,13 @@ def _check_secret(secret: object) -> None:
 
 _HEADER = struct.Struct(">I")
 _ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
-# By the first bytes of a reply: who else may be listening there.
-_STRANGERS = {b"\x15\x03": " (it wants TLS)", b"HT": " (it speaks HTTP)"}
-_STRANGERS |= dict.fromkeys((b"-E", b"-N"), " (it may be a Redis)")
+# Who else may be listening there, by the first byte of what it says.
+_STRANGERS = {b"\x15": " (TLS?)", b"H": " (HTTP?)", b"-": " (a Redis?)"}
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=int).raw_decode  # int refuses NaN and such
-# glibc's malloc gives blocks as long as this one back to the system at once, and to get
-# them again costs a page fault for each 4 kB, until it has seen a longer one come and
-# go: a get of 500 kB takes 0.85 ms, without this line 1.3 ms. No page is ever touched.
+# glibc's malloc gives blocks as long as this one back to the system at once, and takes
+# page faults to get them again, until it has seen a longer one come and go: a get of
+# 500 kB takes 0.85 ms, without this line 1.3 ms. No page is ever touched.
 bytearray(2 << 20)
 
 
@@ -221,13 +219,11 @@ def encode_text(text: str) -> bytes:
                 return b'"%b"' % raw
         return json.encoder.encode_basestring(text).encode()
     except UnicodeEncodeError:
-        shown = _shown(text)
-        raise ValueError(f"UTF-8 has no lone surrogates, as in {shown}") from None
+        raise ValueError(f"UTF-8 has no lone surrogate, as {_shown(text)}") from None
 
 
 def encode_frame(*body: bytes) -> bytes:
-    """A frame around a body, which may come in parts: header and body together, for one
-    send and one packet. A long part is copied once."""
+    """A frame, for one send, around a body that may come in parts, each copied once."""
     return b"".join((_HEADER.pack(sum(map(len, body))), *body))
 
 
@@ -255,36 +251,34 @@ def _address(address: Any) -> str:
 
 
 class FrameSocket:
-    """A connected socket that carries frames, at either end. One thread receives, any
-    may send.
+    """A connected socket that carries frames. One thread receives, any may send.
 
-    `end` is a monotonic time by which the call must be done, or TimeoutError is raised.
-    Without it a frame may take as long as it likes to begin, and STALL_SECONDS for each
-    part from then on.
+    A call that is not done by `end`, a monotonic time, raises TimeoutError; without it
+    a frame may begin at any time, and each part then takes STALL_SECONDS at most.
     """
 
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
         self.unread = b""  # came already, for `receive`
         self.sending = threading.Lock()  # held until a reply is out
-        # In the TLS layer there may be but one thread, so there both are the same.
+        # One and the same under TLS, in whose layer there may be but one thread.
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        # Where a send can be told not to wait (not on Windows), the socket blocks: so a
-        # server needs no second system call to wait for the next request.
+        # Where this tells a send not to wait (not on Windows), the socket blocks, so
+        # that a server waits for a request in the system call that receives it.
         self._flag = getattr(socket, "MSG_DONTWAIT", 0)
-        self._would_wait: Any = BlockingIOError  # as a call says that does not wait
+        self._would_wait: Any = BlockingIOError
         self._sock: Any = sock  # or the TLS around it
         self._fd = sock.fileno()  # of both, also once it is closed
         try:
             self.peer = _address(sock.getpeername())
-            # Asking again and again for a port of this machine that nobody listens on
-            # may end in a socket connected to itself, as the system picks its port.
+            # Who asks for an idle port of this machine again and again may be given
+            # that very port, and so be connected to itself.
             if self.peer == _address(sock.getsockname()):
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there")
-            # A small frame must not wait for the acknowledgement of the one before it.
+            # A small frame must not wait for the last one's acknowledgement.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A peer whose machine vanished never says so. Keepalive asks after 60 s of
-            # silence, where that can be set, else after two hours.
+            # Finds a peer whose machine vanished, after two hours, or where it can be
+            # set after 60 s.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # the second on macOS
                 if option := getattr(socket, name, None):
@@ -294,23 +288,18 @@ class FrameSocket:
             sock.close()  # the peer has gone again
             raise
 
-    def start_tls(
-        self, context: ssl.SSLContext, end: float, host: str | None = None
-    ) -> None:
+    def start_tls(self, context: ssl.SSLContext, end: float, host: str = "") -> None:
         """The handshake: a client's, if it says which host's certificate to expect."""
         import ssl
 
-        self._sock = context.wrap_socket(
-            self._sock,
-            server_side=host is None,
-            server_hostname=host,
-            do_handshake_on_connect=False,  # only once `shut` can end it
-        )
+        # The handshake does not come with it, but once `shut` can end it.
+        wrap, name = context.wrap_socket, host or None
+        self._sock = wrap(self._sock, not host, False, server_hostname=name)
         self._sock.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
         try:
             self._sock.do_handshake()
         except ssl.SSLError as error:
-            if host is not None:
+            if host:
                 raise
             self._sock = socket.socket(fileno=self._sock.detach())  # plain, to say so
             raise FrameError(f"this port speaks TLS only: {error}") from None
@@ -349,31 +338,27 @@ class FrameSocket:
 
     def receive(self, end: float | None = None) -> bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
-        Raises FrameError for one longer than `max_frame_bytes`, ConnectionError if the
-        peer closed in its middle."""
+        Raises FrameError if it is too long, ConnectionError if it breaks off."""
         data, total = bytearray(self.unread), 0
-        while True:
+        while not total or len(data) < total:
             if not total and len(data) >= _HEADER.size:
                 (length,) = _HEADER.unpack_from(data)
                 if length > self.max_frame_bytes:
                     text = f"{length} bytes, but the limit is {self.max_frame_bytes}"
-                    who = _STRANGERS.get(bytes(data[:2]), "")
+                    who = _STRANGERS.get(bytes(data[:1]), "")
                     raise FrameError(f"a frame of {text}{who}")
                 total = _HEADER.size + length
-            if total and len(data) >= total:
-                break
+                continue
             # Memory grows with what came: a length never followed by bytes costs none.
             size = min(max(total - len(data), 4096), SEND_BYTES)
             stalled = time.monotonic() + STALL_SECONDS if data else None
-            chunk = self.some(size, end or stalled)
-            if not chunk and data:
+            if not (chunk := self.some(size, end or stalled)):
+                if not data:
+                    return None
                 raise ConnectionResetError("the peer closed inside a frame")
-            if not chunk:
-                return None
-            # A slow line may take longer than `end`, as long as it moves: every 4 kB
-            # buy a second. A peer that only trickles gains next to nothing.
-            end = end and end + len(chunk) / 4000
             data += chunk
+            # A slow line may take longer, as long as it moves: 4 kB buy a second.
+            end = end and end + len(chunk) / 4000
         self.unread = bytes(data[total:])
         del data[total:], data[: _HEADER.size]  # a long body is not copied once more
         return data
@@ -406,8 +391,8 @@ class FrameSocket:
 
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
         """Ends the conversation from any thread; the one using the socket finds out."""
-        # Not SSLSocket's own, after which its user would go on in plain text.
         with contextlib.suppress(OSError):  # the peer may have been faster
+            # Not SSLSocket's own, after which its user would go on in plain text.
             socket.socket.shutdown(self._sock, how)
 
     def close(self) -> None:
@@ -1236,8 +1221,7 @@ def _show_log() -> None:
 
 # ---------------------------------------------------------------------------- client
 
-# What a refusal by the server becomes in the client; DSMQError if not listed. A busy
-# server is tried again, like one that is not there yet.
+# What a refusal becomes, else DSMQError. A busy server is tried again.
 _EXCEPTIONS: dict[str, type[Exception]] = {
     "full": QueueFull,
     "authentication": AuthenticationError,
@@ -1248,25 +1232,21 @@ _EXCEPTIONS: dict[str, type[Exception]] = {
 
 
 class _Link:
-    """One of a client's connections, used by one call at a time.
-
-    It keeps its name and the number of its calls when the connection is made anew, so
-    the server can tell a put sent again from a new one.
-    """
+    """One of a client's connections, used by one call at a time. By its name and the
+    number of its calls the server knows a put that is sent again on a new one."""
 
     sequence = 0
     end = 0.0  # monotonic time at which a reply is given up
     connection: Any = None  # a FrameSocket, or what another engine dials
     server = ""  # the name of the one at the other end
-    # False from before a request until its reply is in: wherever an interrupt strikes,
-    # no later request can meet an earlier one's reply.
+    # False until the reply is in: after an interrupt no later request shall meet it.
     ready = False
 
     def __init__(self) -> None:
         self.name = os.urandom(16).hex().encode()
 
-    def exchange(self, request: bytes) -> _Fields:
-        """The server's reply to a request."""
+    def exchange(self, request: bytes, field: str = "") -> _Fields:
+        """The server's reply to a request, which must have an integer in that field."""
         self.ready, connection = False, self.connection
         connection.send(request, self.end)
         body = connection.receive(self.end)
@@ -1277,6 +1257,8 @@ class _Link:
         if "error" in reply:
             kind = _EXCEPTIONS.get(str(reply.get("code")), DSMQError)
             raise kind(str(reply["error"]))
+        if field and type(reply.get(field)) is not int:
+            raise FrameError(f"a reply without integer {field}: {_shown(str(reply))}")
         return reply
 
     def drop(self) -> None:
@@ -1294,13 +1276,13 @@ class _Reader:
 
     def __init__(self, last: int) -> None:
         self.last = last  # id of the newest message read, be it handed out or not
-        # Those not handed out yet, the oldest at the end: the id before it, its text,
-        # and the monotonic time at which the first of its reply expires.
+        # Those not handed out, the oldest at the end: the id before it, its text, and
+        # the monotonic time at which the first of its reply expires.
         self.unread: list[tuple[int, str, float]] = []
 
     @property
     def cursor(self) -> int:
-        """An id up to which all has been handed out, and nothing above it."""
+        """An id up to which all has been handed out, and nothing above."""
         last, oldest = self.last, self.unread[-1:]  # in this order, for want of a lock
         return oldest[0][0] if oldest else last
 
@@ -1311,15 +1293,15 @@ class DSMQClientSideConnection:
     Many threads may use it at once; each message goes to one of them. After a fork, or
     when it is passed to another process, each side reads on from where it stood.
 
-    If the server refuses, drops the connection or does not answer, every method goes on
-    trying for the `timeout` of `connect`, then raises ConnectionRefusedError,
+    If the server refuses, drops the connection or does not answer, every method tries
+    again for the `timeout` of `connect`, then raises ConnectionRefusedError,
     ConnectionError or TimeoutError; after `close` ConnectionError. A wrong type is a
     TypeError; a topic not of 1 to 1,000 characters, text that UTF-8 cannot carry and a
     message too long for a frame are a ValueError, before anything is sent.
     """
 
-    # How long get_wait persists without a timeout: the sum of so many pauses, each
-    # twice as long as the one before, in seconds. The original's names.
+    # Without a timeout get_wait persists for so many doubling pauses, the first of so
+    # many seconds. The original's names.
     _n_tries = 10
     _initial_retry = 0.01
     _engine = "dsmq server"  # as error messages name it
@@ -1337,19 +1319,17 @@ class DSMQClientSideConnection:
             raise TypeError(f"tls must be a bool or a path, not {_shown(tls)}")
         if not isinstance(tls, bool):
             open(tls, "rb").close()  # its error names the path; that of ssl does not
-        self._host, self._port = host, port
-        self._timeout, self._since = float(timeout), since
-        self._secret, self._tls = secret, tls
-        self.closed = False  # whether `close` was called
+        self._host, self._port, self._timeout = host, port, float(timeout)
+        self._secret, self._tls, self._since = secret, tls, since
+        self.closed = False
         self._server: str | None = None  # the name of the one that the cursors are for
         self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
-        # For one reply: doubled after one that came within a second, else halved, for
-        # lines that are slow, or break before a long one is through.
+        # Of one reply; for lines that are slow, or break before a long one is through.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
-        self._tidy_at = 100  # cursors, to look which are needed no more
-        self._begin({})
+        self._tidy_at = 100  # cursors
+        self.__setstate__({})
         self._call(lambda link: None)
 
     def __repr__(self) -> str:
@@ -1358,44 +1338,40 @@ class DSMQClientSideConnection:
 
     # One object in several threads and processes
 
-    def _begin(self, state: _Fields) -> None:
+    def __setstate__(self, state: _Fields) -> None:
         """Takes over another's state; makes anew what belongs to one process alone."""
         self.__dict__.update(state)
         # Guards cursors, `_server` and `_start`; not held while talking to the server.
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
-        # Connections: all (weakly, or one lost to an interrupt in `_call` would stay
-        # open), and those not in use: a few, for of many threads most call but once.
+        # All (weakly, or one lost to an interrupt in `_call` would stay open), and some
+        # of those not in use: of many threads most call but once.
         self._links: set[weakref.ref[_Link]] = set()
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
 
-    __setstate__ = _begin
-
     def _leave_to_parent(self) -> None:
-        """The parent's connections are closed here, but not shut down; a call in which
-        a signal handler forked goes on under a name of its own."""
+        """Closes, and does not shut down. A call whose signal handler forked goes on
+        under another name."""
         for reference in list(self._links):
             if (link := reference()) and link.connection:
                 link.connection.close()
                 link.name = _Link().name
-        self._begin({})
+        self.__setstate__({})
 
     def _check_usable(self) -> None:
         if self.closed:
             raise ConnectionError("this client is closed")
 
     def __getstate__(self) -> _Fields:
-        own = ("_lock", "_links", "_idle")
-        state = {k: v for k, v in self.__dict__.items() if k not in own}
         cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
-        return {**state, "_cursors": cursors}
+        own = {"_lock": None, "_links": None, "_idle": None}  # to be made anew
+        return self.__dict__ | own | {"_cursors": cursors}
 
     # Reaching the server
 
     def _call(self, work: Callable[[_Link], _T]) -> _T:
-        """`work` done with a connection; with new ones, if one is lost, until `timeout`
-        has passed."""
+        """`work` done with a connection, or with new ones, until `timeout` is over."""
         begun, pause = time.monotonic(), RETRY_PAUSE_SECONDS
         try:
             link = self._idle.pop()  # the one used last: the others may have aged
@@ -1403,8 +1379,7 @@ class DSMQClientSideConnection:
             link = _Link()
             self._links.add(weakref.ref(link, self._links.discard))
         link.sequence += 1  # once for all tries, so that the server knows a put again
-        # A link may be forgotten on the way (by a NAT, in a suspend), which nobody
-        # tells: half of the time is left for a new one.
+        # One forgotten on the way (by a NAT, in a suspend) leaves half for a new one.
         link.end = begun + min(self._timeout / 2, 60.0)
         try:
             while True:
@@ -1419,11 +1394,8 @@ class DSMQClientSideConnection:
                     link.drop()
                     self._check_usable()  # or `close` has cut it
                     left = begun + self._timeout - time.monotonic()
-                    # In 20 ms a try might not get as far as to meet the true error.
-                    if left < max(0.01 * self._timeout, 0.02) or _is_final(error):
-                        raise self._named(error) from error
-                    # Shorter and shorter towards the end, so that the time is used up;
-                    # and never long, so that a server that has just started is found.
+                    self._give_up(error, left)
+                    # Never long, to find a server that starts; shorter at the end.
                     time.sleep(min(pause, left / 2))
                     pause = min(2 * pause, 0.25)
         finally:
@@ -1432,38 +1404,39 @@ class DSMQClientSideConnection:
             self._idle.append(link)
 
     def _dial(self, link: _Link) -> None:
-        """Connects a link; begins anew if it finds another server than before.
-
-        1. client: hello, with a nonce if it has a secret.
-        2. server: its name, limits and newest id, and that is all; or with a secret,
-           instead of the id, a challenge and the proof that it knows the secret.
-        3. client: its own proof, once the server's is seen to be right.
-        4. server: the newest id.
-        """
-        known = self._server
-        link.connection = _connected(self._host, self._port, link.end)
-        self._check_usable()  # another thread may have closed it before it was there
-        if self._tls is not False:
+        """Connects a link, and says hello: with a nonce if there is a secret, which the
+        server must prove that it knows, before the client does and gets the head."""
+        known, place = self._server, (self._host, self._port)
+        seconds = min(max(link.end - time.monotonic(), 0.002), LONGEST_SECONDS)
+        try:
+            found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise ValueError(f"host {_shown(self._host)} is no name: {error}") from None
+        # A name may have several addresses, of which the first may be silent.
+        sock = socket.create_connection(place, seconds / (len(found) + 1))
+        link.connection = FrameSocket(sock, MAX_FRAME_BYTES)
+        if self._tls:
             context = _tls_context(None if self._tls is True else self._tls)
             link.connection.start_tls(context, link.end, self._host)
-            self._check_usable()  # in whose middle it could not be shut
-        nonce = os.urandom(32).hex()
+        self._check_usable()  # `close` may have come when there was nothing to shut
         hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
         hello["since"] = min(self._since, 1e9)  # JSON knows no infinity
         if self._secret:
-            hello["nonce"] = nonce
-        reply = link.exchange(encode_object(hello))
-        limit = max(_reply_integer(reply, "max_frame_bytes"), MIN_FRAME_BYTES)
+            hello["nonce"] = os.urandom(32).hex()
+        reply = link.exchange(encode_object(hello), "max_frame_bytes")
         if self._secret:
-            words = nonce, str(reply.get("challenge"))
+            words = hello["nonce"], str(reply.get("challenge"))
             if not _same(reply.get("proof"), _proof(self._secret, "server", *words)):
                 raise AuthenticationError("the server does not know the secret")
             proof = _proof(self._secret, "client", *words)
             request = {"action": "authenticate", "proof": proof}
             reply |= link.exchange(encode_object(request))
+        if type(head := reply.get("head")) is not int:
+            raise FrameError(f"a server without head: {_shown(str(reply))}")
+        limit = max(reply["max_frame_bytes"], MIN_FRAME_BYTES)
         self._max_frame_bytes = link.connection.max_frame_bytes = limit
         link.server = str(reply.get("server"))
-        self._note_server(known, link.server, _reply_integer(reply, "head"))
+        self._note_server(known, link.server, head)
 
     def _note_server(
         self, known: str | None, name: str, head: int, begin: int = 0, stale: Any = None
@@ -1487,30 +1460,37 @@ class DSMQClientSideConnection:
                     reader.last = begin
             self._server = name
 
-    def _named(self, error: OSError) -> OSError:
-        if isinstance(error, ValueError) or error.filename:
-            return error  # of a certificate, or its file
-        kinds = FrameError, ConnectionRefusedError, TimeoutError
-        kind = next((k for k in kinds if isinstance(error, k)), ConnectionError)
+    def _give_up(self, error: OSError, left: float) -> None:
+        """Raises what has come of it, if it is no use to try again in the time left."""
+        # By their names, for ssl is imported only where TLS is used.
+        kinds = "FrameError", "SSLError", "SSLCertVerificationError", "gaierror"
+        final = type(error).__name__ in kinds and error.errno != socket.EAI_AGAIN
+        # In 20 ms a try might not get as far as to meet the true error.
+        if not final and left > max(0.01 * self._timeout, 0.02):
+            return
+        if isinstance(error, ValueError):  # of a certificate
+            raise error
+        told = FrameError, ConnectionRefusedError, TimeoutError
+        kind = next((k for k in told if isinstance(error, k)), ConnectionError)
         late = kind is TimeoutError
         said = f"no answer in {self._timeout:g} s" if late else str(error)
         here = self._host.startswith(("127.", "localhost", "::1", "/"))
         if kind is ConnectionRefusedError and not here:
             said += "; unless told its host, a server listens on 127.0.0.1"
-        return kind(f"{self._engine} at {self._host}:{self._port}: {said}")
+        raise kind(f"{self._engine} at {self._host}:{self._port}: {said}") from error
 
     # Putting
 
     def put(self, topic: str, msg: str) -> None:
         """Puts `msg` into `topic`; it is stored, and can be read, when this returns.
-        Raises QueueFull if the server's memory is used up. After any other error than
-        that, a TypeError or ValueError it may have been stored or not, once at most."""
+        Raises QueueFull if the server's memory is used up. After another error, but for
+        TypeError and ValueError, it may have been stored, once, or not."""
         self.put_many(topic, [msg])
 
     def put_many(self, topic: str, msgs: Iterable[str]) -> None:
-        """Puts them all, in order, or none: they share one request, and nobody else's
-        messages come between. Only where they are too long for one frame, or more than
-        100,000, they go in several, each all or none and with its own timeout."""
+        """Puts them all, in order, or none, and nobody else's messages between them.
+        Only where they are too long for one frame, or more than 100,000, they go in
+        several requests, each all or none and with its own timeout."""
         if isinstance(msgs, str):
             raise TypeError("msgs must be several messages, not one str")
         key = self._key(topic)
@@ -1525,12 +1505,11 @@ class DSMQClientSideConnection:
             if len(body) > room_bytes:
                 text = f"the message {_shown(msg)} takes {len(body)} bytes, but"
                 raise ValueError(f"{text} {room_bytes} fit into a frame of the server")
-            cost = len(body) + self._message_bytes
-            if cost > left or len(loads[-1]) >= MAX_PUT_MESSAGES:
+            left -= len(body) + self._message_bytes
+            if left < 0 or len(loads[-1]) >= MAX_PUT_MESSAGES:
                 loads.append([])
-                left = room_bytes + self._message_bytes
+                left = room_bytes - len(body)
             loads[-1].append(body)
-            left -= cost
         for load in loads:
             self._call(partial(self._store, key, load))
 
@@ -1538,7 +1517,7 @@ class DSMQClientSideConnection:
 
     def get(self, topic: str) -> str:
         """The oldest unread message of `topic`, or at once "" if there is none."""
-        return self._next(topic, 0.0) or ""
+        return (self._some(topic, 0.0) or [""])[0]
 
     def get_wait(self, topic: str, timeout: float | None = None) -> str:
         """The oldest unread message of `topic`; waits for one up to `timeout` seconds
@@ -1547,43 +1526,38 @@ class DSMQClientSideConnection:
         if timeout is None:
             timeout = self._initial_retry * (2**self._n_tries - 1)
         _check_number("timeout", timeout, 0, math.inf)
-        return self._next(topic, timeout) or ""
+        return (self._some(topic, timeout) or [""])[0]
 
     def get_latest(self, topic: str) -> str:
-        """The newest unread message of `topic`, or at once "" if there is none. The
-        older ones stay unread for ever."""
-        return self._next(topic, 0.0, None) or ""
+        """The newest unread message of `topic`, or at once "" if there is none; those
+        before it stay unread for ever."""
+        return (self._some(topic, 0.0, None) or [""])[0]
 
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
         """All unread messages of `topic` there are, at once, up to `limit`."""
         _check_number("limit", limit, 1, MAX_INTEGER, whole=True)
-        key, now = self._key(topic), time.monotonic()
-        while True:
-            with self._lock:
-                missing = limit - len(self._reader(topic, now).unread)
-            fetch = partial(self._fetch, topic, key, 0.0, missing)
-            if missing <= 0 or not self._call(fetch):
-                return self._take(topic, limit, now)
+        return self._some(topic, 0.0, limit)
 
     def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
         """Iterates over the messages of `topic` as they come; ends when for `timeout`
         seconds there was none."""
         self._key(topic)
         _check_number("timeout", timeout, 0, math.inf)
-        return iter(partial(self._next, topic, timeout), None)
+        return iter(lambda: next(iter(self._some(topic, timeout)), None), None)
 
-    def _next(self, topic: str, seconds: float, wanted: int | None = 0) -> str | None:
-        """The next message, or the newest; waits for it up to so many seconds."""
-        now = time.monotonic()
-        end, key = now + seconds, b""
-        found = wanted == 0 and type(topic) is str and topic in self._cursors
-        while not (found and (texts := self._take(topic, 1, now))):
-            key, now = key or self._key(topic), time.monotonic()
-            fetch = partial(self._fetch, topic, key, max(end - now, 0.0), wanted)
-            found = self._call(fetch)
+    def _some(self, topic: str, seconds: float, wanted: int | None = 0) -> list[str]:
+        """The next message, or up to as many as wanted (None: the newest), or none."""
+        limit, key, now = wanted or 1, b"", time.monotonic()
+        end = now + seconds
+        found = wanted is not None and type(topic) is str and topic in self._cursors
+        while not (found and (texts := self._take(topic, limit, now, limit))):
+            key, left = key or self._key(topic), max(end - time.monotonic(), 0.0)
+            if not wanted:  # many might expire again and again before they are enough
+                now = time.monotonic()
+            found = self._call(partial(self._fetch, topic, key, left, wanted))
             if not found and time.monotonic() >= end:
-                return None
-        return texts[0]
+                return self._take(topic, limit, now) if wanted else []
+        return texts
 
     def _reader(self, topic: str, now: float) -> _Reader:
         """The topic's, or a new one; without what was read ahead and has expired."""
@@ -1597,17 +1571,19 @@ class DSMQClientSideConnection:
     # interrupt. They strike in and after calls and jumps (in Python 3.10 also forward):
     # there is none from where a reader is looked at until it is changed.
 
-    def _take(self, topic: str, limit: int, now: float) -> list[str]:
-        """Hands out messages read ahead, up to `limit`. What has been read since `now`
-        is good, however soon it expires."""
+    def _take(self, topic: str, limit: int, now: float, least: int = 1) -> list[str]:
+        """Hands out messages read ahead, up to `limit`, or none if there are not the
+        `least`. What has been read since `now` is good, however soon it expires."""
         if self.closed:
             self._check_usable()
         taken: list[tuple[int, str, float]] = []
         try:
             with self._lock:
-                unread = self._reader(topic, now).unread
-                taken = unread[-limit:]
-                del unread[-limit:]
+                reader = self._reader(topic, now)
+                if len(reader.unread) >= least:
+                    unread = reader.unread  # the look: a handler may have been here
+                    taken = unread[-limit:]
+                    del unread[-limit:]
             return [text for _, text, _ in reversed(taken)]
         except BaseException:
             if taken:  # the caller never gets them, so they are still to be handed out
@@ -1617,16 +1593,15 @@ class DSMQClientSideConnection:
     def _fetch(
         self, topic: str, key: bytes, wait: float, wanted: int | None, link: _Link
     ) -> bool:
-        """Reads some messages ahead, waiting for the first; if `wanted` is None the
-        newest alone, or else so many if it can. False if there were none."""
+        """Reads messages ahead: one or so many as wanted, or more (None: the newest
+        alone), waiting for the first. False if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
-        with self._lock:
-            reader, after = self._cursors.get(topic), self._start
-            if reader and reader.unread and wanted == 0:
+        reader, after = self._cursors.get(topic), self._start  # compared below
+        if reader:
+            if reader.unread and wanted == 0:
                 return True  # another thread has just read it ahead
-            if reader:
-                after = reader.cursor if wanted is None else reader.last
+            after = reader.cursor if wanted is None else reader.last
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
             return False
@@ -1634,16 +1609,14 @@ class DSMQClientSideConnection:
             after = ids[0] - 1
         unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
         with self._lock:
-            if self._server != link.server:
-                return True  # read from another server
-            reader = self._cursors.setdefault(topic, _Reader(after))
-            cursor = reader.unread[-1][0] if reader.unread else reader.last
-            if wanted is None and cursor <= after:
-                reader.last, reader.unread = after, []
-            if reader.last == after:
-                reader.unread[:0], reader.last = unread, ids[-1]
-                return True
-        return wanted is not None  # another thread has it, or a newer one
+            if self._server == link.server:  # whose ids these are
+                reader = self._cursors.setdefault(topic, _Reader(after))
+                cursor = reader.unread[-1][0] if reader.unread else reader.last
+                if wanted is None and cursor <= after:
+                    reader.last, reader.unread = after, []
+                if reader.last == after:  # else another thread has it, or newer ones
+                    reader.unread[:0], reader.last = unread, ids[-1]
+        return True
 
     def _tidy(self, link: _Link) -> None:
         """Forgets expired messages read ahead, and cursors with only such before."""
@@ -1666,20 +1639,17 @@ class DSMQClientSideConnection:
             text = f"a topic has 1 to {MAX_TOPIC_CHARACTERS} characters, but"
             raise ValueError(f"{text} {_shown(topic)} has {len(topic)}")
         key = encode_text(topic)
-        room_bytes = self._max_frame_bytes - ENVELOPE_BYTES - len('""')
-        if len(key) > room_bytes:
+        if len(key) > (room_bytes := self._max_frame_bytes - ENVELOPE_BYTES):
             text = f"the topic {_shown(topic)} takes {len(key)} bytes, but {room_bytes}"
             raise ValueError(f"{text} fit into a frame of the server")
         return key
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
         """Puts a load of messages, under the number of the link's call."""
-        number = link.sequence
         what = b'{"action":"put","client":"%b",' % link.name
-        what += b'"sequence":%d,"settled":%d,' % (number, number - 1)
+        what += b'"sequence":%d,"settled":%d,' % (link.sequence, link.sequence - 1)
         what += b'"topic":%b,"messages":[' % key
-        request = encode_frame(what, b",".join(load), b"]}")
-        _reply_integer(link.exchange(request), "head")
+        link.exchange(encode_frame(what, b",".join(load), b"]}"), "head")
 
     def _read(
         self, link: _Link, key: bytes, after: int, wanted: int | None, wait: float
@@ -1687,33 +1657,38 @@ class DSMQClientSideConnection:
         """What `_fetch` wants of the messages after an id."""
         begun, budget = time.monotonic(), self._read_ahead_bytes
         action = b"get_latest" if wanted is None else b"get"
-        # Half of the time that is left, so that an answer that does not come is told
-        # from one that comes late.
+        # Half of the time that is left: the other is for an answer that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
         what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
         how = b'"limit":%d,"limit_bytes":%d,' % (max(wanted or 0, 1000), budget)
         request = encode_frame(what, how, b'"wait":%.6f}' % wait)
         self._read_ahead_bytes = max(budget // 2, 1)
-        messages = _reply_messages(link.exchange(request), after, begun)
-        if time.monotonic() < begun + 1.0:
-            self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
-        elif len(messages[0]) < 2:  # which was waited for, or is long by itself
-            self._read_ahead_bytes = budget
-        return messages
+        reply = link.exchange(request)
+        try:
+            ids, texts = reply["ids"], reply["messages"]
+            if time.monotonic() < begun + 1.0:
+                self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
+            elif len(ids) < 2:  # which was waited for, or is long by itself
+                self._read_ahead_bytes = budget
+            kinds: list[type] = [int] * len(ids) + [str] * len(ids)
+            growing = [after, *ids] == sorted({after, *ids})
+            if growing and [*map(type, ids + texts)] == kinds:
+                return ids, texts, begun + reply.get("expires", 0.0)
+        except (TypeError, KeyError):  # of what is no list, or no number
+            pass
+        raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
 
     def _expired(self, link: _Link) -> int:
         """An id up to which all has been purged, by the server: none is 1e9 s old."""
         request = encode_object({"action": "hello", "since": 1e9})
-        return _reply_integer(link.exchange(request), "head")
+        return int(link.exchange(request, "head")["head"])
 
     def stats(self) -> _Fields:
         """What the server holds: `version`, `uptime` in seconds, `clients` (that is,
         connections), `messages`, `bytes` of memory they take, `time_to_live`,
         `max_bytes`, and of `topics` each one's `messages` and `bytes`."""
         request = encode_object({"action": "stats"})
-        stats = self._call(lambda link: link.exchange(request))
-        _reply_integer(stats, "messages")
-        return stats
+        return self._call(lambda link: link.exchange(request, "messages"))
 
     def shutdown_server(self) -> None:
         """Stops the server. When this returns it takes no more connections."""
@@ -1723,8 +1698,9 @@ class DSMQClientSideConnection:
                 link.exchange(encode_object({"action": "shutdown"}))
             except ConnectionError:
                 # The answer may be lost; if so, nobody listens there now.
+                place, seconds = (self._host, self._port), min(self._timeout / 2, 1.0)
                 with contextlib.suppress(ConnectionRefusedError):
-                    _connected(self._host, self._port, link.end).close()
+                    socket.create_connection(place, seconds).close()
                     raise
 
         self._call(ask)
@@ -1733,8 +1709,7 @@ class DSMQClientSideConnection:
         """Ends the connection, and the calls of other threads. May be called again."""
         self.closed = True
         for reference in list(self._links):
-            link = reference()
-            if link and (connection := link.connection):  # which its call may drop
+            if connection := getattr(reference(), "connection", None):
                 connection.shut()
         self._idle.clear()  # links in no call go with it, and close as they go
 
@@ -1743,47 +1718,6 @@ class DSMQClientSideConnection:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _connected(host: str, port: int, end: float) -> FrameSocket:
-    seconds = min(max(end - time.monotonic(), 0.002), LONGEST_SECONDS)
-    try:
-        # A name may have several addresses, of which the first may be silent.
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        share = seconds / (len(addresses) + 1)
-        sock = socket.create_connection((host, port), share)
-    except UnicodeError as error:  # of the encoding of names
-        raise ValueError(f"host {_shown(host)} cannot be a name: {error}") from None
-    return FrameSocket(sock, MAX_FRAME_BYTES)
-
-
-def _is_final(error: OSError) -> bool:
-    """Whether trying again would give the same."""
-    if isinstance(error, socket.gaierror):
-        return error.errno != socket.EAI_AGAIN  # of a name server, and may pass
-    # By their names, for ssl is imported only where TLS is used.
-    final = "FrameError", "SSLError", "SSLCertVerificationError"
-    return type(error).__name__ in final
-
-
-def _reply_integer(reply: _Fields, field: str) -> int:
-    value = reply.get(field)
-    if type(value) is not int:
-        raise FrameError(f"a reply without the integer {field}: {_shown(str(reply))}")
-    return value
-
-
-def _reply_messages(reply: _Fields, after: int, now: float) -> _Messages:
-    ids: Any = reply.get("ids")
-    texts: Any = reply.get("messages")
-    if ids == [] == texts:  # the commonest of all
-        return [], [], now
-    with contextlib.suppress(TypeError, KeyError):  # of what is no list, or no number
-        kinds: list[type] = [int] * len(ids) + [str] * len(ids)
-        growing = all(map(operator.lt, [after, *ids], ids))
-        if growing and [*map(type, ids + texts)] == kinds:
-            return ids, texts, now + reply["expires"]
-    raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
 
 
 def connect(
@@ -1799,11 +1733,10 @@ def connect(
     """A client connected to the server at `host` and `port`, or the error that is met
     after `timeout` seconds of trying, as by every later call; the class tells which.
 
-    With a `secret` client and server prove to each other that they know it, or
-    AuthenticationError is raised. `tls` is True to trust the system's authorities, or
-    the path of a PEM file to trust. `verbose` shows the log on stderr. `since` is for
-    who comes late: it sees what was put up to so many seconds before, too, as far as
-    that lives; math.inf: all there is.
+    With a `secret` both sides prove that they know it, or AuthenticationError is
+    raised. `tls` is True to trust the system's authorities, or the path of a PEM file
+    to trust. It sees what was put up to `since` seconds before, too, as far as that
+    lives (math.inf: all there is). `verbose` shows the log on stderr.
 
     A host redis://[user:password@]host[:port][/database], or rediss:// for TLS, gives
     the same on a Redis or a Redis Cluster; see `_RedisConnection`.
