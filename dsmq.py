@@ -1,7 +1,5 @@
 """dsmq, the dead simple message queue: one file that moves strings between processes.
 
-A server holds topics in memory; clients put strings into a topic and read them back.
-
     python dsmq.py serve                      # in one terminal
 
     from dsmq import connect                  # in as many programs as you like
@@ -20,13 +18,11 @@ Semantics
 
 Wire protocol, version 1
     A frame is a 4-byte unsigned big-endian length and that many bytes of UTF-8 JSON,
-    always an object. One reply a request, in order, on each connection. Unknown fields
-    are ignored. A reply with `error` (text) and `code` refuses the request and changes
-    nothing. README has the details.
+    always an object. One reply a request, in order. Unknown fields are ignored. A reply
+    with `error` (text) and `code` refuses the request. README has the details.
 
     hello         protocol, nonce, since     -> protocol, server, max_frame_bytes,
-                                                time_to_live, head (with a secret:
-                                                challenge, proof, no head)
+                                                time_to_live, head or challenge, proof
     authenticate  proof                      -> head
     put           topic, messages, client, sequence, settled      -> head
     get           topic, after, limit, limit_bytes, wait  -> messages, ids, expires
@@ -39,10 +35,10 @@ Threads and locks
     answers the readers that wait for a topic's next round (see MessageStore), and each
     long reply to such a one has its own. `MessageStore._lock` guards what is stored,
     and is never held while sending, receiving, encoding or decoding.
-    `FrameSocket.sending` is held while a reply is under way: of a get that waits from
-    the moment it is in the store, until whoever took it out has sent its reply.
-    Client: each call borrows a connection of its own, so calls in several threads do
-    not wait for each other; `DSMQClientSideConnection._lock` guards the cursors.
+    `FrameSocket.sending` is held while a reply is under way: for a get that waits, from
+    when it is in the store until whoever took it out has sent its reply.
+    Client: each call has a connection of its own, so threads do not wait for each
+    other; `DSMQClientSideConnection._lock` guards the cursors.
 """
 
 from __future__ import annotations
@@ -157,41 +153,35 @@ def _shown(value: object) -> str:
     """A value as an error message shows it: one line of bounded length, in ASCII."""
     if isinstance(value, (list, dict)):
         return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value[:60] if isinstance(value, (str, bytes)) else value)
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return text.encode("ascii", "backslashreplace").decode()
+    text = ascii(value[:60] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # What an argument must be. Each raises TypeError or ValueError, naming the value.
 
 
-def _check_address(host: object, port: object) -> None:
+def _check_server(host: object, port: object, secret: object) -> None:
     if not isinstance(host, str):
         raise TypeError(f"host must be a str, not {_shown(host)}")
     if host.count(":") == 1:  # an IPv6 address has more
         raise ValueError(f"host is {_shown(host)}: the port is an argument of its own")
-    _check_number("port", port, 0, 65535, whole=True)
-
-
-def _check_number(
-    name: str, value: object, least: float, most: float, whole: bool = False
-) -> None:
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        kind = "an int" if whole else "a number"
-        raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
-    # NaN fails this, as does an integer too large for a float.
-    if not least <= value <= most or sys.float_info.max < value < math.inf:
-        raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
-
-
-def _check_secret(secret: object) -> None:
+    _check_number("port", port, 0, 65535)
     if secret is not None and not isinstance(secret, str):
         raise TypeError(f"secret must be a str, not a {type(secret).__name__}")
     if secret == "":
         raise ValueError("secret must not be empty: it would keep nobody out")
     if secret and secret.encode(errors="replace").decode() != secret:
         raise ValueError("secret must be text that UTF-8 can carry")
+
+
+def _check_number(name: str, value: object, least: float, most: float) -> None:
+    whole = isinstance(most, int)  # then it must be whole, too
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+        kind = "an int" if whole else "a number"
+        raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
+    # NaN fails this, as does an integer too large for a float.
+    if not least <= value <= most or sys.float_info.max < value < math.inf:
+        raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
 
 
 # ---------------------------------------------------------------------------- frames
@@ -403,14 +393,6 @@ class FrameSocket:
 # --------------------------------------------------------------------- message store
 
 
-class Batch(NamedTuple):
-    """Messages of a topic in order, as the store keeps them."""
-
-    ids: list[int]
-    bodies: list[bytes]
-    expires_seconds: float  # until the oldest of them expires
-
-
 class Waiter(NamedTuple):
     """A reader that waits. Who takes it out of the store (a put, a round, the end of
     its wait, stopping) owes an answer; at its peer's end, the release of `sending`."""
@@ -419,23 +401,22 @@ class Waiter(NamedTuple):
     after: int
     limit: int
     room: int
-    end: float = math.inf  # of its wait, a monotonic time
-    connection: Any = None  # the server's, to answer it on
+    end: float  # of its wait, a monotonic time
+    connection: Any  # the server's, to answer it on
 
 
 class _Topic:
+    newest = 0  # id; answers a reader that has everything without SQL
+    messages = 0
+    next_round = 0.0  # before this time its waiters are not answered again
+    round_due = False  # it is in `rounds`
+
     def __init__(self, name: str, key: int) -> None:
-        self.name = name
-        self.key = key  # stands for the name in every row and index entry
-        self.newest = 0  # id; answers a reader that has everything without SQL
-        self.messages = 0
+        self.name, self.key = name, key  # which stands for it in rows and index
         self.bytes = 400 + len(name.encode())  # measured
-        self.next_round = 0.0  # before this time its waiters are not answered again
-        self.round_due = False  # it is in `rounds`
 
 
-EMPTY = Batch([], [], 0.0)
-_Row = tuple[int, int, float, bytes]  # id, topic's key, when it was put, body
+Message = tuple[int, float, bytes]  # id, when it expires, body
 # Of a put: the client's name, its number, and up to which number no more shall come.
 Origin = tuple[str, int, int]
 
@@ -457,7 +438,8 @@ class MessageStore:
         self.time_to_live, self.max_bytes = time_to_live, max_bytes
         # Topics with readers to answer at their next round; None at the end.
         self.rounds: queue.SimpleQueue[_Topic | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards everything below
+        # Guards everything below; reentrant for the sake of `head_before`.
+        self._lock = threading.RLock()
         import sqlite3  # which only a server needs
 
         # The journal stays on, in memory (0.7 us a put): without it a statement that
@@ -465,25 +447,23 @@ class MessageStore:
         self._db = sqlite3.connect(":memory:", check_same_thread=False)
         # Bodies are last in the row and the index holds none of them, so long messages
         # do not slow their neighbours. SQLite ends each index with the id.
-        columns = "id INTEGER PRIMARY KEY, topic, put_at, body"
+        columns = "id INTEGER PRIMARY KEY, topic, expires, body"
         self._db.execute(f"CREATE TABLE messages ({columns})")
         self._db.execute("CREATE INDEX by_topic ON messages (topic)")
-        # The newest id. Microseconds pass faster than ids are given, so a restarted
-        # server starts above old ones; and they stay below 2**53, where JavaScript's
-        # integers end, for two centuries.
+        # The newest id. Microseconds pass faster than ids are given, so those of a new
+        # start are above old ones; below 2**53, JavaScript's limit, for two centuries.
         self.head = self._purged = time.time_ns() // 1000
         # The newest rows, still to be inserted: together they cost less (2 us each, not
         # 5), most reads are of these alone, and SQLite gives up the interpreter lock at
         # every step, so that busy threads trip over each other.
-        self._young: list[_Row] = []
-        self._bytes = 0
+        self._young: list[tuple[int, int, float, bytes]] = []
+        self._bytes, self._closed = 0, False
         self._topics: dict[str, _Topic] = {}  # that have messages
         self._topics_by_key: dict[int, _Topic] = {}
         self._keys = count()
         self._waiters: dict[str, dict[Waiter, bool]] = {}  # by topic, in order
-        # By client, the latest to put last: when, what it settled, heads by sequence.
+        # By client, the last to put last: when that expires, settled, its latest heads.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
-        self._closed = False
 
     # Putting
 
@@ -496,8 +476,8 @@ class MessageStore:
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("the server has stopped")
-            now, first = time.monotonic(), self.head + 1
-            heads = self._heads(origin, now) if origin else {}
+            expires, first = time.monotonic() + self.time_to_live, self.head + 1
+            heads = self._heads(origin, expires) if origin else {}
             if origin and heads[origin[1]]:
                 return heads[origin[1]], None
             entry = self._topics.get(topic) or _Topic(topic, next(self._keys))
@@ -506,25 +486,23 @@ class MessageStore:
             if used + cost > self.max_bytes:
                 text = f"{self._bytes} of max_bytes {self.max_bytes} are in use"
                 raise QueueFull(f"no room for {cost} bytes: {text}")
-            # Each costs the putter 20 us: a crowd would delay its next put.
             waiters = self._waiters.get(topic, ())
-            few = now >= entry.next_round and len(waiters) <= 8
-            if waiters and not few:
-                self._call_round(entry)
-            rows = list(zip(count(first), repeat(entry.key), repeat(now), bodies))
+            # Each costs the putter 20 us: with 32 a stream would be a quarter slower.
+            wakes = waiters and not self._rests(entry, len(waiters) > 8)
+            rows = [*zip(count(first), repeat(entry.key), repeat(expires), bodies)]
             if len(rows) + len(self._young) > 32 or cost > 4096:
                 self._insert(rows)
             else:
                 self._young += rows
             self.head += len(bodies)  # if memory runs out after this, they are nobody's
-            self._topics_by_key[entry.key] = self._topics[topic] = entry
+            self._topics[topic] = self._topics_by_key[entry.key] = entry
             entry.newest, entry.messages = self.head, entry.messages + len(bodies)
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
-            return self.head, entry if waiters and few else None
+            return self.head, entry if wakes else None
 
-    def _insert(self, rows: list[_Row]) -> None:
+    def _insert(self, rows: list[Any]) -> None:
         """Writes the young rows and these to the database, all or none."""
         if rows or self._young:
             with self._db:  # commits or rolls back
@@ -532,134 +510,111 @@ class MessageStore:
                 self._db.executemany(sql, self._young + rows)
             self._young.clear()
 
-    def _heads(self, origin: Origin, now: float) -> dict[int, int]:
+    def _heads(self, origin: Origin, expires: float) -> dict[int, int]:
         """The heads of a client's latest puts by sequence; 0 for one not yet stored."""
         client, sequence, settled = origin
         _, before, heads = self._recent.pop(client, (0.0, settled, {}))
-        self._recent[client] = now, max(settled, before), heads
-        # Bounded, whatever clients do: 10,000 of them, 64 puts of each.
-        if len(self._recent) > 10_000:
-            del self._recent[next(iter(self._recent))]
-        if sequence <= before and not heads.get(sequence):
-            # Given up by its client, and come late.
-            raise DSMQError(f"sequence {sequence} was settled before")
-        heads.setdefault(sequence, 0)  # now, for once it is stored it must not fail
-        if len(heads) > 64:
+        self._recent[client] = expires, max(settled, before), heads
+        # The 0 is entered now, for once a put is stored it must not fail.
+        if not heads.setdefault(sequence, 0) and sequence <= before:
+            raise DSMQError(f"sequence {sequence} was settled before")  # and comes late
+        if len(heads) > 64:  # bounded, whatever clients do; how many is up to `tidy`
             del heads[next(iter(heads))]
         return heads
 
     # Reading
 
     def get(
-        self, topic: str, after: int, limit: int, room: int, waiter: Any = None
-    ) -> Batch:
+        self, topic: str, after: int, limit: int, room: int, who: Waiter | None = None
+    ) -> list[Message]:
         """The oldest live messages after an id, as many as fit `limit` and `room`
         (bytes, each with ID_BYTES), at least one if there is one. If there is none, or
-        a round is to come, `waiter` is entered for it, and nothing is given."""
-        batch = EMPTY
-        while len(batch.ids) < limit:
+        a round is to come, `who` waits for it from now on, and nothing is given."""
+        found: list[Message] = []
+        while len(found) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
             with self._lock:
-                entry = self._topics.get(topic)
-                more = self._read(entry, after, limit - len(batch.ids), room)
-                if waiter and not batch.ids and self._begins_to_wait(waiter, more):
-                    return EMPTY
-            room -= sum(map(len, more.bodies)) + ID_BYTES * len(more.ids)
-            if not more.ids or (batch.ids and room < 0):
+                more = self._read(topic, after, limit - len(found), room)
+                if who and not found and (not more or self._rests(self._topics[topic])):
+                    self._waiters.setdefault(topic, {})[who] = True
+                    return []
+            if not more:
                 break
-            if batch.ids:
-                batch.ids.extend(more.ids)
-                batch.bodies.extend(more.bodies)
-            else:
-                batch = more
-            after = more.ids[-1]
-        return batch
+            room -= sum([len(body) + ID_BYTES for _, _, body in more])
+            if found and room < 0:
+                break
+            found += more
+            after = more[-1][0]
+        return found
 
-    def get_latest(self, topic: str, after: int) -> Batch:
+    def get_latest(self, topic: str, after: int) -> list[Message]:
         """The newest live message after an id, or none."""
-        with self._lock:
-            entry = self._topics.get(topic)
-            after = max(after, entry.newest - 1) if entry else after
-            return self._read(entry, after, 1, 0)
+        entry = self._topics.get(topic)
+        return self.get(topic, max(after, entry.newest - 1) if entry else after, 1, 0)
 
-    def _read(self, entry: _Topic | None, after: int, limit: int, room: int) -> Batch:
+    def _read(self, topic: str, after: int, limit: int, room: int) -> list[Message]:
         """One step's worth of a topic's live messages; at least one if there is one."""
         if self._closed:
             raise ConnectionAbortedError("the server has stopped")
+        entry = self._topics.get(topic)
         if entry is None or entry.newest <= after:
-            return EMPTY
-        cutoff = time.monotonic() - self.time_to_live
+            return []
         limit, left = min(limit, STEP_MESSAGES), min(room, STEP_BYTES)
         newer, key = self.head - after, entry.key
-        rows: Iterable[tuple[int, float, bytes]]
+        rows: Iterable[Message]
         if newer <= len(self._young):
             young = self._young[-newer:]
-            rows = [(i, at, b) for i, k, at, b in young if k == key][:limit]
+            rows = [(i, at, body) for i, k, at, body in young if k == key][:limit]
         else:
             self._insert([])
-            sql = "SELECT id, put_at, body FROM messages WHERE topic = ? AND id > ?"
+            sql = "SELECT id, expires, body FROM messages WHERE topic = ? AND id > ?"
             rows = self._db.execute(sql + " ORDER BY id LIMIT ?", (key, after, limit))
-        found: list[tuple[int, float, bytes]] = []
+        found: list[Message] = []
         for row in rows:
             left -= len(row[2]) + ID_BYTES
             if left < 0 and found:
                 break
             found.append(row)
-        if not found:
-            return EMPTY
-        if found[0][1] <= cutoff:  # of the younger ones some may live
-            return self._read(entry, self._newest_by(cutoff), limit, room)
-        ids, times, bodies = zip(*found)
-        return Batch(list(ids), list(bodies), times[0] - cutoff)
+        if found[0][1] < time.monotonic():  # of the younger ones some may live
+            after = max(found[0][0], self.head_before(self.time_to_live))
+            return self._read(topic, after, limit, room)
+        return found
 
     def head_before(self, seconds: float) -> int:
-        """The newest id put longer ago than that; with 0 of all."""
+        """The newest id put longer ago than that, by bisection; with 0 of all."""
         with self._lock:
             if not seconds or self._closed:
                 return self.head
-            begin = time.monotonic() - seconds
-            return self._newest_by(math.nextafter(begin, -math.inf))
-
-    def _newest_by(self, time_: float) -> int:
-        """The newest id put at a time or before; by bisection, as rows are by age."""
-        self._insert([])
-        ids = range(self._purged + 1, self.head + 1)
-        ask, sql = self._db.execute, "SELECT put_at FROM messages WHERE id = ?"
-        found = bisect.bisect_right(ids, time_, key=lambda i: next(ask(sql, (i,)))[0])
-        return self._purged + found
+            self._insert([])
+            end = time.monotonic() - seconds + self.time_to_live
+            ids = range(self._purged + 1, self.head + 1)
+            ask, sql = self._db.execute, "SELECT expires FROM messages WHERE id = ?"
+            found = bisect.bisect_left(ids, end, key=lambda i: next(ask(sql, (i,)))[0])
+            return self._purged + found
 
     # Readers that wait
 
-    def _begins_to_wait(self, waiter: Waiter, found: Batch) -> bool:
-        """Unless there is something, and no round to wait for."""
-        entry = self._topics.get(waiter.topic)
-        if entry and found.ids:
-            if time.monotonic() >= entry.next_round:
-                return False
-            self._call_round(entry)
-        self._waiters.setdefault(waiter.topic, {})[waiter] = True
-        return True
+    def _rests(self, topic: _Topic, crowd: bool = False) -> bool:
+        """Whether its readers are answered in its next round, which then is due."""
+        rests = crowd or time.monotonic() < topic.next_round
+        if rests and not topic.round_due:
+            self.rounds.put(topic)
+            topic.round_due = True  # not if memory ran out
+        return rests
 
-    def _call_round(self, entry: _Topic) -> None:
-        if not entry.round_due:
-            self.rounds.put(entry)
-            entry.round_due = True  # not if memory ran out
-
-    def take_readers(self, entry: _Topic) -> list[tuple[Waiter, Batch]]:
-        """Readers that are to be answered, no longer waiting, and what with."""
-        ready = []
-        found: dict[tuple[int, int, int], Batch] = {}  # most ask for the same
+    def take_readers(self, topic: _Topic) -> list[tuple[list[Message], list[Waiter]]]:
+        """Readers that are to be answered, no longer waiting, by what they get."""
+        places: dict[tuple[int, int, int], list[Waiter]] = {}  # most are at the same
         with self._lock:
-            entry.round_due, entry.next_round = False, time.monotonic() + 0.002
-            waiters = self._waiters.get(entry.name, {})
+            topic.round_due, topic.next_round = False, time.monotonic() + 0.002
+            waiters = self._waiters.get(topic.name, {})
             for waiter in waiters:
-                place = waiter.after, waiter.limit, waiter.room
-                if place not in found:
-                    found[place] = self._read(entry, *place)
-                if found[place].ids:  # else they have expired, or it wants later ones
-                    ready.append((waiter, found[place]))
+                places.setdefault(waiter[1:4], []).append(waiter)
+            ready = [(self._read(topic.name, *at), some) for at, some in places.items()]
+            # For the others there is nothing: it has expired, or they want later ones.
+            ready = [(found, some) for found, some in ready if found]
             # Only now: one taken out before memory ran out would get no answer.
-            for waiter, _ in ready:
+            for waiter in [waiter for _, some in ready for waiter in some]:
                 del waiters[waiter]
         return ready
 
@@ -673,40 +628,34 @@ class MessageStore:
     def purge(self) -> bool:
         """Frees the oldest expired messages, a step's worth; whether there were any."""
         with self._lock:
-            last = self._newest_by(time.monotonic() - self.time_to_live)
-            sql = "SELECT topic, length(body) FROM messages WHERE id <= ? ORDER BY id"
-            gone, room = [], STEP_BYTES
-            for key, size in self._db.execute(sql + " LIMIT ?", (last, STEP_MESSAGES)):
-                gone.append((key, size + MESSAGE_OVERHEAD_BYTES))
-                room -= size
-                if room <= 0:
-                    break
-            last = self._purged + len(gone)
-            with self._db:
-                self._db.execute("DELETE FROM messages WHERE id <= ?", (last,))
-            self._purged = last
-            for key, cost in gone:
-                entry = self._topics_by_key.get(key)
-                if entry and entry.messages:  # else nobody's, see put
-                    entry.messages -= 1
-                    entry.bytes -= cost
+            room, expired = STEP_BYTES, self.head_before(self.time_to_live)
+            most = min(expired - self._purged, STEP_MESSAGES)
+            sql = "SELECT topic, length(body) FROM messages WHERE id > ? ORDER BY id"
+            for key, size in self._db.execute(sql + " LIMIT ?", (self._purged, most)):
+                cost = size + MESSAGE_OVERHEAD_BYTES
+                self._purged, room = self._purged + 1, room - cost
+                if entry := self._topics_by_key.get(key):  # else nobody's, see put
+                    entry.messages, entry.bytes = entry.messages - 1, entry.bytes - cost
                     self._bytes -= cost
                     if not entry.messages:
                         self._bytes -= entry.bytes
                         del self._topics[entry.name], self._topics_by_key[key]
-            return bool(gone)
+                if room <= 0:
+                    break
+            with self._db:
+                self._db.execute("DELETE FROM messages WHERE id <= ?", (self._purged,))
+            return room < STEP_BYTES
 
     def tidy(self) -> None:
         """Forgets where nobody waits any more, and puts too long ago to be repeated;
         once little is left of much, frees the pages that SQLite keeps."""
         with self._lock:
             self._waiters = {t: some for t, some in self._waiters.items() if some}
-            oldest = time.monotonic() - max(self.time_to_live, 60.0)
-            while self._recent and next(iter(self._recent.values()))[0] < oldest:
-                del self._recent[next(iter(self._recent))]
+            past = time.monotonic() - max(60.0 - self.time_to_live, 0.0)
+            latest = [*self._recent.items()][-10_000:]
+            self._recent = {c: puts for c, puts in latest if puts[0] >= past}
             free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]
             if free_pages > 4096 and self._bytes <= STEP_BYTES:
-                self._insert([])
                 # Milliseconds. Both are needed: of 231 MB they leave 16, one over 210,
                 # as glibc keeps what threads other than the first have freed.
                 self._db.execute("VACUUM")
@@ -718,25 +667,19 @@ class MessageStore:
     def stats(self) -> dict[str, Any]:
         """Counts of messages and bytes, in all and by topic."""
         with self._lock:
-            topics = [(t.name, t.messages, t.bytes) for t in self._topics.values()]
             messages, size = self.head - self._purged, self._bytes
-        return {
-            "messages": messages,
-            "bytes": size,
-            "time_to_live": self.time_to_live,
-            "max_bytes": self.max_bytes,
-            "topics": {n: {"messages": m, "bytes": b} for n, m, b in topics},
-        }
+            topics = [(t.name, t.messages, t.bytes) for t in self._topics.values()]
+        each = {n: {"messages": m, "bytes": b} for n, m, b in topics}
+        limits = {"time_to_live": self.time_to_live, "max_bytes": self.max_bytes}
+        return {"messages": messages, "bytes": size, **limits, "topics": each}
 
     def close(self) -> list[Waiter]:
         """Frees the messages; gives the readers that still waited, once."""
         with self._lock:
             self._closed = True
             self._db.close()
-            waiters = [w for some in self._waiters.values() for w in some]
-            self._waiters.clear()
-            self._topics.clear()
-            return waiters
+            waiters, self._waiters = self._waiters, {}
+        return [waiter for some in waiters.values() for waiter in some]
 
 
 # ---------------------------------------------------------------------------- server
@@ -836,21 +779,22 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def _hold_rounds(self) -> None:
         """Answers the readers who wait for their topic's next round."""
-        while entry := self.store.rounds.get():
-            time.sleep(max(entry.next_round - time.monotonic(), 0))
-            self.answer_readers(entry)
+        while topic := self.store.rounds.get():
+            time.sleep(max(topic.next_round - time.monotonic(), 0))
+            self.answer_readers(topic)
 
-    def answer_readers(self, entry: _Topic) -> None:
-        """Neighbours at the same place get the same reply, made once."""
-        begun, last, reply = time.monotonic(), EMPTY, _NO_MESSAGES
-        for waiter, batch in self.store.take_readers(entry):
+    def answer_readers(self, topic: _Topic) -> None:
+        """Those at the same place get the same reply, made once."""
+        begun = time.monotonic()
+        for messages, waiters in self.store.take_readers(topic):
             try:
-                last, reply = batch, reply if batch is last else _messages_reply(batch)
+                reply = _messages_reply(messages)
             except MemoryError:  # what was put is stored; the reader asks again
-                last, reply = EMPTY, _NO_MESSAGES
-            waiter.connection.answer(reply)
+                reply = _NO_MESSAGES
+            for waiter in waiters:
+                waiter.connection.answer(reply)
         now = time.monotonic()
-        entry.next_round = now + min(4 * (now - begun), 0.002)
+        topic.next_round = now + min(4 * (now - begun), 0.002)
 
     # A connection's way: get_request accepts it, process_request starts its thread,
     # in which _Handler serves it, and shutdown_request closes it, whatever happened.
@@ -899,13 +843,14 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     )
 
 
-def _messages_reply(batch: Batch) -> bytes:
+def _messages_reply(messages: list[Message]) -> bytes:
     """The reply to a get: put together from bodies encoded when they were put."""
-    if not batch.ids:
+    if not messages:
         return _NO_MESSAGES
-    ids = ",".join(map(str, batch.ids)).encode()
-    rest = b'],"ids":[%b],"expires":%.6f}' % (ids, batch.expires_seconds)
-    return encode_frame(b'{"messages":[', b",".join(batch.bodies), rest)
+    ids, times, bodies = zip(*messages)
+    expires = max(times[0] - time.monotonic(), 0.0)
+    rest = b'],"ids":[%b],"expires":%.6f}' % (",".join(map(str, ids)).encode(), expires)
+    return encode_frame(b'{"messages":[', b",".join(bodies), rest)
 
 
 _NO_MESSAGES = encode_object({"messages": [], "ids": []})
@@ -1073,9 +1018,8 @@ class _Handler(socketserver.BaseRequestHandler):
         frames, store = self.request, self.server.store
         ours = frames.sending.acquire()  # and whoever takes it from the store releases
         try:
-            batch = store.get(*waiter[:4], waiter)
-            if batch.ids:
-                return _messages_reply(batch)
+            if messages := store.get(*waiter[:4], waiter):
+                return _messages_reply(messages)
             ours = False
             with contextlib.suppress(TimeoutError):
                 frames.unread = frames.unread or frames.some(4096, waiter.end)
@@ -1177,13 +1121,12 @@ def serve(
     it get in; `certfile` and `keyfile`, PEM files, turn on TLS. Raises OSError if it
     cannot listen there, TypeError or ValueError for an argument that is wrong.
     """
-    _check_address(host, port)
+    _check_server(host, port, secret)
     # Longer is as good as for ever, and JSON can say it; SQLite takes no longer value.
     _check_number("time_to_live", time_to_live, 0.001, 1e9)
-    _check_number("max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, 10**9, True)
+    _check_number("max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, 10**9)
     for name, value in (("max_bytes", max_bytes), ("max_clients", max_clients)):
-        _check_number(name, value, 1, MAX_INTEGER, True)
-    _check_secret(secret)
+        _check_number(name, value, 1, MAX_INTEGER)
     if verbose:
         _show_log()
     if keyfile is not None and certfile is None:
@@ -1311,10 +1254,9 @@ class DSMQClientSideConnection:
     def __init__(
         self, host: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
     ) -> None:
-        _check_address(host, port)
+        _check_server(host, port, secret)
         _check_number("timeout", timeout, 0.001, math.inf)
         _check_number("since", since, 0, math.inf)
-        _check_secret(secret)
         if not isinstance(tls, (bool, str, os.PathLike)):
             raise TypeError(f"tls must be a bool or a path, not {_shown(tls)}")
         if not isinstance(tls, bool):
@@ -1535,7 +1477,7 @@ class DSMQClientSideConnection:
 
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
         """All unread messages of `topic` there are, at once, up to `limit`."""
-        _check_number("limit", limit, 1, MAX_INTEGER, whole=True)
+        _check_number("limit", limit, 1, MAX_INTEGER)
         return self._some(topic, 0.0, limit)
 
     def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
@@ -1543,7 +1485,8 @@ class DSMQClientSideConnection:
         seconds there was none."""
         self._key(topic)
         _check_number("timeout", timeout, 0, math.inf)
-        return iter(lambda: next(iter(self._some(topic, timeout)), None), None)
+        # No call to a builtin here: an interrupt may strike as one returns.
+        return iter(lambda: (self._some(topic, timeout) or (None,))[0], None)
 
     def _some(self, topic: str, seconds: float, wanted: int | None = 0) -> list[str]:
         """The next message, or up to as many as wanted (None: the newest), or none."""
@@ -2144,7 +2087,7 @@ def _bench(count: int = 2000, as_json: bool = False, **where: Any) -> None:
     """Measures a server of its own, or the one at --host and --port."""
     from timeit import repeat, timeit
 
-    _check_number("count", count, 1, sys.maxsize, whole=True)
+    _check_number("count", count, 1, sys.maxsize)
     if not where.keys() & {"host", "port"}:
         where = {"port": _free_port()}
         _start(serve, DEFAULT_HOST, where["port"])
