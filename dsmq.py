@@ -699,10 +699,10 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, store: MessageStore, **told: Any) -> None:
         vars(self).update(told)
-        with contextlib.suppress(ImportError):  # on Windows, where there is no limit
+        with contextlib.suppress(ImportError):  # Windows knows no limit of descriptors
             import resource
 
-            # With no descriptor left nobody could be told that it is refused.
+            # With none left nobody could be told that it is refused.
             most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             if most > 16:  # -1 is for no limit
                 self.max_clients = min(self.max_clients, most - 16)
@@ -722,23 +722,14 @@ class _Server(socketserver.ThreadingTCPServer):
         _forked.add(self)
 
     def run(self) -> None:
-        """Serves until stopped, then closes."""
         place = _address(self.server_address)
-        _log.info("dsmq %s%s", __version__, ", with TLS" if self.context else "")
-        _log.info("listening on %s", place)
-        _log.info("stop it with Ctrl-C, or shutdown_server() from a client")
+        _log.info("dsmq %s listening on %s; Ctrl-C stops it", __version__, place)
         if not self.secret and not place.startswith(("127.", "::1")):
             _log.warning("no secret: anyone on the network can read, put and stop it")
         with self:
             for job in (self._purge, self._hold_rounds):
-                threading.Thread(target=self._repeat, args=(job,), daemon=True).start()
+                _thread.start_new_thread(self._repeat, (job,))
             self.serve_forever(POLL_SECONDS)
-
-    def stop(self) -> None:
-        """Ends `run` from another thread; returns when the port is free."""
-        self.stopping.set()
-        self.shutdown()
-        self.socket.close()
 
     def server_close(self) -> None:
         """Frees the port and ends every conversation; replies get 0.15 s more."""
@@ -764,17 +755,16 @@ class _Server(socketserver.ThreadingTCPServer):
                     self.handle_error(None, "everybody")
 
     def _purge(self) -> None:
-        """The timer: frees expired messages, also in topics nobody touches, and looks
-        whether the process that started this one is still there."""
+        """The timer: frees what has expired, and looks whether our parent lives."""
         self.stopping.wait(PURGE_SECONDS)
         started_by = sys.modules.get("multiprocessing")
         parent = started_by and started_by.parent_process()
         # The number tells more while the parent's other children live.
         if parent and (os.getppid() != self.parent or not parent.is_alive()):
             _log.warning("stopping: the process that started this one has ended")
-            self.stop()
+            self.shutdown()
         while self.store.purge():
-            self.stopping.wait(0.001)  # in which others get the lock
+            time.sleep(0.001)  # in which others get the lock
         self.store.tidy()
 
     def _hold_rounds(self) -> None:
@@ -801,23 +791,22 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         try:
-            sock, address = self.socket.accept()
-            return FrameSocket(sock, self.max_frame_bytes), address
+            frames = FrameSocket(self.socket.accept()[0], self.max_frame_bytes)
+            return frames, frames.peer
         except (OSError, MemoryError) as error:
-            # The client is gone again; or descriptors or memory ran out, and to accept
-            # again at once would fail again, without end.
+            # Without descriptors or memory do not spin; but of clients that are gone
+            # again 300 would hold up all others for seconds.
             if getattr(error, "errno", 0) not in (errno.ENOTCONN, errno.EINVAL):
-                self.stopping.wait(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
             raise OSError from None  # socketserver goes on with the next
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: Any, peer: Any) -> None:
         self.connections.add(request)
-        job = self.process_request_thread
         # Thread.start would wait for its begin: for ever, if memory runs out just then.
-        _thread.start_new_thread(job, (request, client_address))
+        _thread.start_new_thread(self.process_request_thread, (request, peer))
 
     def shutdown_request(self, request: Any) -> None:
-        request.shut()  # a forked child may have it too, and then closing ends nothing
+        request.shut()  # so that nobody goes on sending
         request.sending.acquire(timeout=1.0)  # or who sends might meet another's socket
         request.close()
         self.connections.discard(request)
@@ -828,10 +817,10 @@ class _Server(socketserver.ThreadingTCPServer):
         for connection in list(self.connections):
             connection.close()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, peer: Any) -> None:
         """A fault of ours, no memory or no thread left: it ends one connection."""
         with contextlib.suppress(MemoryError):
-            _log.exception("a fault serving %s", _address(client_address))
+            _log.exception("a fault serving %s", peer)
 
 
 # Servers and clients: what a forked child closes of its parent's.
@@ -856,8 +845,9 @@ def _messages_reply(messages: list[Message]) -> bytes:
 _NO_MESSAGES = encode_object({"messages": [], "ids": []})
 
 
-def _error_reply(error: DSMQError) -> bytes:
-    return encode_object({"error": str(error), "code": error.code})
+def _error_reply(error: Exception) -> bytes:
+    code = getattr(error, "code", "bad_request")
+    return encode_object({"error": str(error), "code": code})
 
 
 def _proof(secret: str, role: str, nonce: str, challenge: str) -> str:
@@ -870,19 +860,16 @@ def _proof(secret: str, role: str, nonce: str, challenge: str) -> str:
 
 
 def _same(proof: object, expected: str) -> bool:
-    """Compares proofs, in constant time."""
     import hmac
 
-    return isinstance(proof, str) and hmac.compare_digest(ascii(proof), ascii(expected))
+    return hmac.compare_digest(ascii(proof), ascii(expected))
 
 
 class _Handler(socketserver.BaseRequestHandler):
-    """Serves one connection: a request, its reply, the next request."""
-
     server: _Server
     request: FrameSocket
     _end: float | None = None  # of the time to prove that it knows the secret
-    _expected_proof = ""  # the client's, once it said hello
+    _expected = ""  # proof of the client's, once it said hello
     _since = 0.0  # as it said there
     _readers: _Topic | None = None  # whose readers a put has to answer
     _plain = False  # there are no escapes in the request
@@ -938,14 +925,14 @@ class _Handler(socketserver.BaseRequestHandler):
             return self.ACTIONS[action](self, request)
         except FrameError:  # ends the connection
             raise
-        except DSMQError as error:
+        except (DSMQError, ValueError) as error:
             return _error_reply(error)
         except MemoryError:
             return _error_reply(QueueFull("out of memory"))
 
     def _hello(self, request: _Fields) -> bytes:
         if (protocol := _integer(request, "protocol", PROTOCOL)) != PROTOCOL:
-            raise _refusal(f"protocol is {PROTOCOL}, not {protocol}")
+            raise ValueError(f"protocol is {PROTOCOL}, not {protocol}")
         self._since, server = _seconds(request, "since"), self.server
         reply: _Fields = {"protocol": PROTOCOL, "server": server.name}
         reply["max_frame_bytes"] = server.max_frame_bytes
@@ -956,13 +943,13 @@ class _Handler(socketserver.BaseRequestHandler):
             raise _refusal("this server requires its secret", "authentication")
         else:
             words = _text(request, "nonce", 256), os.urandom(32).hex()
-            self._expected_proof = _proof(server.secret, "client", *words)
+            self._expected = _proof(server.secret, "client", *words)
             reply["challenge"] = words[1]
             reply["proof"] = _proof(server.secret, "server", *words)
         return encode_object(reply)
 
     def _authenticate(self, request: _Fields) -> bytes:
-        expected, self._expected_proof = self._expected_proof, ""  # good for one try
+        expected = self._expected
         if self._end and not (expected and _same(request.get("proof"), expected)):
             _log.warning("%s does not know the secret", self.request.peer)
             raise _refusal("that proof is wrong", "authentication")
@@ -972,29 +959,24 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _put(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
-        texts, most = request.get("messages"), MAX_PUT_MESSAGES
-        if not isinstance(texts, list) or not 1 <= len(texts) <= most:
-            text = f"messages must be a list of 1 to {most} texts"
-            raise _refusal(f"{text}, not {_shown(texts)}")
-        if {*map(type, texts)} != {str}:
-            wrong = next(text for text in texts if not isinstance(text, str))
-            raise _refusal(f"a message must be text, not {_shown(wrong)}")
-        try:
-            if self._plain:  # a frame without escapes carries texts as they are stored
-                bodies = [b'"%b"' % text.encode() for text in texts]
-            else:
-                bodies = [*map(encode_text, texts)]
-        except ValueError as error:
-            raise _refusal(str(error)) from None
+        texts: Any = request.get("messages")
+        fit = isinstance(texts, list) and len(texts) <= MAX_PUT_MESSAGES
+        if not fit or {*map(type, texts)} != {str}:
+            text = f"messages must be a list of 1 to {MAX_PUT_MESSAGES} texts"
+            raise ValueError(f"{text}, not {_shown(texts)}")
+        if self._plain:  # a frame without escapes carries texts as they are stored
+            bodies = [b'"%b"' % text.encode() for text in texts]
+        else:
+            bodies = [*map(encode_text, texts)]
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         if (longest := max(map(len, bodies))) > limit:
             text = f"a message of {longest} bytes; the limit is {limit}"
             raise _refusal(text, "too_large")
         origin = None
         if request.get("client") is not None:
-            client = _text(request, "client", 256)
-            sequence = _integer(request, "sequence")
-            origin = client, sequence, _integer(request, "settled", -1 << 63)
+            number = _integer(request, "sequence")
+            settled = _integer(request, "settled", -1 << 63)
+            origin = _text(request, "client", 256), number, settled
         head, self._readers = self.server.store.put(topic, bodies, origin)
         return encode_frame(b'{"head":%d}' % head)
 
@@ -1039,19 +1021,20 @@ class _Handler(socketserver.BaseRequestHandler):
         return _messages_reply(store.get(*waiter[:4])) if ours else b""
 
     def _stats(self, request: _Fields) -> bytes:
-        uptime = time.monotonic() - self.server.started
-        stats: _Fields = {"version": __version__, "uptime": uptime}
-        stats["clients"] = len(self.server.connections)
-        stats |= self.server.store.stats()
+        server, stats = self.server, _Fields(version=__version__)
+        stats["uptime"] = time.monotonic() - server.started
+        stats["clients"] = len(server.connections)
+        stats |= server.store.stats()
         reply = encode_object(stats)
-        if len(reply) > self.server.max_frame_bytes:
-            left_out = len(stats["topics"])
-            reply = encode_object({**stats, "topics": {}, "topics_left_out": left_out})
+        if len(reply) > server.max_frame_bytes:
+            stats["topics_left_out"] = len(stats["topics"])
+            reply = encode_object(stats | {"topics": {}})
         return reply
 
     def _shutdown(self, request: _Fields) -> bytes:
         _log.info("%s asked the server to stop", self.request.peer)
-        self.server.stop()
+        self.server.shutdown()
+        self.server.socket.close()  # now, for `run` may not have come to it
         return encode_object({})
 
     # README's table tells the fields and replies.
@@ -1061,23 +1044,22 @@ class _Handler(socketserver.BaseRequestHandler):
     }  # fmt: skip
 
 
-# What a field of a request must be. Each refuses what is not, naming field and value.
-
-
-def _refusal(text: str, code: str = "bad_request") -> DSMQError:
+def _refusal(text: str, code: str) -> DSMQError:
     error = DSMQError(text)
     error.code = code
     return error
 
 
+# What a field of a request must be. Each raises ValueError, naming field and value.
+
+
 def _text(request: _Fields, field: str, most: int) -> str:
     value = request.get(field)
-    if isinstance(value, str) and 1 <= len(value) <= most:
-        carried = value if value.isascii() else value.encode(errors="replace").decode()
-        if carried == value:  # without a lone surrogate
-            return value
-    text = f"{field} must be a text of 1 to {most} characters that UTF-8 can carry"
-    raise _refusal(f"{text}, not {_shown(value)}")
+    if not isinstance(value, str) or not 1 <= len(value) <= most:
+        text = f"{field} must be a text of 1 to {most} characters"
+        raise ValueError(f"{text}, not {_shown(value)}")
+    value.encode()  # fails for a lone surrogate
+    return value
 
 
 def _integer(
@@ -1086,14 +1068,14 @@ def _integer(
     value = request.get(field, absent)
     if type(value) is not int or not least <= value <= MAX_INTEGER:
         text = f"{field} must be a 64-bit integer, at least {least}"
-        raise _refusal(f"{text}, not {_shown(value)}")
+        raise ValueError(f"{text}, not {_shown(value)}")
     return value
 
 
 def _seconds(request: _Fields, field: str) -> float:
     value = request.get(field, 0)
     if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise _refusal(f"{field} must be seconds, 0 or more, not {_shown(value)}")
+        raise ValueError(f"{field} must be seconds, 0 or more, not {_shown(value)}")
     return float(min(value, 1e9))
 
 
@@ -1113,27 +1095,26 @@ def serve(
     """Runs a server; blocks until a client or Ctrl-C stops it, or the parent of its
     multiprocessing.Process has ended; then returns.
 
-    It listens at `host` (127.0.0.1: this machine only; "0.0.0.0": the network) and
-    `port` (0: any free one, which the log tells); `verbose` shows the log, of the
-    logger "dsmq", on stderr. Messages live `time_to_live` seconds and take `max_bytes`
-    of memory; a request or reply takes `max_frame_bytes`, so about the longest message;
-    a connection beyond `max_clients` is refused. With a `secret` only clients that know
-    it get in; `certfile` and `keyfile`, PEM files, turn on TLS. Raises OSError if it
-    cannot listen there, TypeError or ValueError for an argument that is wrong.
+    `host` 127.0.0.1 is this machine only, "0.0.0.0" the network; `port` 0 any free one,
+    which the log tells; `verbose` shows that, of the logger "dsmq", on stderr. Messages
+    live `time_to_live` seconds and take `max_bytes` of memory; `max_frame_bytes` is
+    about the longest message. A connection beyond `max_clients` is refused, and with a
+    `secret` who does not know it. `certfile` and `keyfile`, PEM files, turn on TLS.
+    Raises OSError if it cannot listen, TypeError or ValueError for a wrong argument.
     """
     _check_server(host, port, secret)
     # Longer is as good as for ever, and JSON can say it; SQLite takes no longer value.
     _check_number("time_to_live", time_to_live, 0.001, 1e9)
     _check_number("max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, 10**9)
-    for name, value in (("max_bytes", max_bytes), ("max_clients", max_clients)):
-        _check_number(name, value, 1, MAX_INTEGER)
+    _check_number("max_bytes", max_bytes, 1, MAX_INTEGER)
+    _check_number("max_clients", max_clients, 1, MAX_INTEGER)
     if verbose:
         _show_log()
     if keyfile is not None and certfile is None:
         raise ValueError("a keyfile needs a certfile")
-    context = None if certfile is None else _tls_context(None, certfile, keyfile)
     limits = {"max_frame_bytes": max_frame_bytes, "max_clients": max_clients}
     with contextlib.suppress(KeyboardInterrupt):
+        context = None if certfile is None else _tls_context(None, certfile, keyfile)
         store = MessageStore(float(time_to_live), max_bytes)
         _Server(host, port, store, secret=secret, context=context, **limits).run()
     _log.info("stopped; goodbye")
@@ -1145,14 +1126,13 @@ def _tls_context(
     """A server's if it has a certificate, else a client's."""
     import ssl
 
-    if certfile is None:
-        context = ssl.create_default_context(cafile=trusted)
-    else:
+    side = ssl.Purpose.SERVER_AUTH if certfile is None else ssl.Purpose.CLIENT_AUTH
+    context = ssl.create_default_context(side, cafile=trusted)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if certfile is not None:
         for path in (certfile, keyfile or certfile):
             open(path, "rb").close()  # its error names the path; that of ssl does not
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certfile, keyfile)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
 
@@ -1977,9 +1957,9 @@ def demo() -> None:
 def _start(work: Callable[..., object], *arguments: Any) -> Any:
     import multiprocessing
 
-    context = multiprocessing.get_context("spawn")  # the same on every system
-    # A daemon, so that it ends with this process, also after an exception or Ctrl-C.
-    process = context.Process(target=work, args=arguments, daemon=True)
+    spawn = multiprocessing.get_context("spawn")  # the same on every system
+    # A daemon ends with this process, also after an exception or Ctrl-C.
+    process = spawn.Process(target=work, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -1995,8 +1975,7 @@ def _serve(**limits: Any) -> None:
 
     # A service is told so to stop; a program that calls `serve` minds its own signals.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):  # also early
-        serve(verbose=True, **limits)
+    serve(verbose=True, **limits)
 
 
 def _put(topic: str, *messages: str, **where: Any) -> None:
@@ -2030,11 +2009,11 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
         raise ValueError("standard output is closed")
     _show_log()  # a lost server is told of
     came: queue.Queue[Any] = queue.Queue(100)  # so readers wait for a slow terminal
-    mq = connect(**where)  # to the end of the process, as its readers are
+    mq = connect(**where)  # open to the end, as are its readers
     if told:
         _log.info("watching %s at %s:%s", ", ".join(topics), mq._host, mq._port)
     for topic in topics:
-        threading.Thread(target=_follow, args=(mq, topic, came), daemon=True).start()
+        _thread.start_new_thread(_follow, (mq, topic, came))
     seen, end = 0, time.monotonic() + timeout
     while seen < count and (left := end - time.monotonic()) > 0:
         with contextlib.suppress(queue.Empty):
@@ -2042,7 +2021,7 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
             topic, message = came.get(timeout=min(left, 1.0))
             if isinstance(message, Exception):
                 raise message
-            line = f"{topic} {message}" if len(topics) > 1 else message
+            line = f"{topic} {message}" if topics[1:] else message
             entry = {"topic": topic, "message": message}
             print(json.dumps(entry) if as_json else line)
             seen, end = seen + 1, time.monotonic() + timeout
@@ -2129,23 +2108,22 @@ def _read(mq: DSMQClientSideConnection, topic: str, count: int, use: Any) -> Non
 
 
 _N, _S = {"type": int, "metavar": "N"}, {"type": float, "metavar": "S"}
-_PEM, _FLAG = {"metavar": "PEM"}, {"action": "store_true"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "host": {"help": f"default: {DEFAULT_HOST}"},
     "port": {**_N, "help": f"default: {DEFAULT_PORT}"},
     "secret-file": {"metavar": "FILE", "help": "or the variable DSMQ_SECRET"},
-    "tls": {**_PEM, "nargs": "?", "const": True, "help": "trust this, or the system's"},
+    "tls": {"nargs": "?", "const": True, "help": "trust this PEM, or the system's"},
     "time-to-live": {**_S, "help": "of a message"},
     "max-bytes": {**_N, "help": "of messages"},
     "max-frame-bytes": {**_N, "help": "of a request or reply"},
     "max-clients": {**_N, "help": "at a time"},
-    "certfile": {**_PEM, "help": "turns on TLS"},
-    "keyfile": {**_PEM, "help": "if it is not in the certfile"},
+    "certfile": {"help": "a PEM file, turns on TLS"},
+    "keyfile": {"help": "if it is not in the certfile"},
     "timeout": {**_S, "help": "to reach the server; watch: without message"},
     "since": {**_S, "help": "show what was put in the last S seconds, too"},
     "count": {**_N, "help": "of messages to watch; bench: of calls"},
-    "verbose": {**_FLAG, "help": "say when it is there"},
-    "json": {**_FLAG, "dest": "as_json", "help": "for programs to read"},
+    "verbose": {"action": "store_true", "help": "say when it is there"},
+    "json": {"dest": "as_json", "action": "store_true", "help": "for programs"},
     "version": {"action": "version", "version": f"dsmq {__version__}"},
 }
 _LIMITS = "time-to-live max-bytes max-frame-bytes max-clients certfile keyfile"
@@ -2168,9 +2146,8 @@ def _parsed(arguments: list[str]) -> Callable[[], None]:
     split = [*arguments, "--"].index("--")  # behind it nothing is an option
     name = next((word for word in arguments[:split] if word in _COMMANDS), "")
     run, words, flags = _COMMANDS[name]
-    shown = [name] if name else _COMMANDS
-    lines = (f"dsmq {n} [options] {_COMMANDS[n][1]}".split() for n in shown)
-    usage = "\n       ".join(map(" ".join, lines))
+    shown = [name] if name else [*_COMMANDS][1:]
+    usage = "\n       ".join(f"dsmq {n} [options] {_COMMANDS[n][1]}" for n in shown)
     more = "HOST may also be the URL of a Redis, redis://..." if "tls" in flags else ""
     parser = argparse.ArgumentParser("dsmq", usage, run.__doc__, more)
     for flag in (("host port secret-file " if name else "") + flags).split():
@@ -2188,21 +2165,19 @@ def _parsed(arguments: list[str]) -> Callable[[], None]:
     return partial(run, *found[1:], **given)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; gives the exit status."""
+def main() -> int | str:
+    """The command line; gives what sys.exit takes."""
     if hasattr(sys.stdout, "reconfigure"):  # not if it is closed or replaced
         sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
     try:
-        _parsed(sys.argv[1:] if arguments is None else arguments)()
+        _parsed(sys.argv[1:])()
         return 0
     except BrokenPipeError:
         return 0  # whoever read our output had enough
     except KeyboardInterrupt:
         return 130  # as a shell tells it
     except (OSError, DSMQError, ValueError) as error:
-        if sys.stderr:
-            print(f"dsmq: {error}", file=sys.stderr)
-        return 1
+        return f"dsmq: {error}"  # sys.exit shows it, for a status of 1
     finally:
         try:
             print(end="", flush=True)  # be it a help that nobody reads
