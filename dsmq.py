@@ -142,6 +142,8 @@ class QueueFull(DSMQError):
 class AuthenticationError(DSMQError):
     """A peer did not prove that it knows the shared secret."""
 
+    code = "authentication"
+
 
 class FrameError(DSMQError, ConnectionError):
     """The peer's bytes are no frame of this protocol; the connection is given up."""
@@ -395,7 +397,7 @@ class FrameSocket:
 
 class Waiter(NamedTuple):
     """A reader that waits. Who takes it out of the store (a put, a round, the end of
-    its wait, stopping) owes an answer; at its peer's end, the release of `sending`."""
+    its wait) owes an answer; at its peer's end, the release of `sending`."""
 
     topic: str
     after: int
@@ -673,13 +675,12 @@ class MessageStore:
         limits = {"time_to_live": self.time_to_live, "max_bytes": self.max_bytes}
         return {"messages": messages, "bytes": size, **limits, "topics": each}
 
-    def close(self) -> list[Waiter]:
-        """Frees the messages; gives the readers that still waited, once."""
+    def close(self) -> None:
+        """Frees the messages, and ends the rounds."""
+        self.rounds.put(None)
         with self._lock:
             self._closed = True
             self._db.close()
-            waiters, self._waiters = self._waiters, {}
-        return [waiter for some in waiters.values() for waiter in some]
 
 
 # ---------------------------------------------------------------------------- server
@@ -735,9 +736,7 @@ class _Server(socketserver.ThreadingTCPServer):
         """Frees the port and ends every conversation; replies get 0.15 s more."""
         self.socket.close()
         self.stopping.set()
-        self.store.rounds.put(None)
-        for waiter in self.store.close():
-            waiter.connection.answer(_NO_MESSAGES)
+        self.store.close()
         for how in (socket.SHUT_RD, socket.SHUT_RDWR):
             for connection in list(self.connections):
                 connection.shut(how)
@@ -921,7 +920,7 @@ class _Handler(socketserver.BaseRequestHandler):
             if not isinstance(action, str) or action not in self.ACTIONS:
                 raise _refusal(f"no action {_shown(action)}", "unknown_action")
             if self._end and action not in ("hello", "authenticate"):
-                raise _refusal("this server requires its secret", "authentication")
+                raise AuthenticationError("this server requires its secret")
             return self.ACTIONS[action](self, request)
         except FrameError:  # ends the connection
             raise
@@ -940,7 +939,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if not self._end:
             reply["head"] = server.store.head_before(self._since)
         elif request.get("nonce") is None:
-            raise _refusal("this server requires its secret", "authentication")
+            raise AuthenticationError("this server requires its secret")
         else:
             words = _text(request, "nonce", 256), os.urandom(32).hex()
             self._expected = _proof(server.secret, "client", *words)
@@ -952,7 +951,7 @@ class _Handler(socketserver.BaseRequestHandler):
         expected = self._expected
         if self._end and not (expected and _same(request.get("proof"), expected)):
             _log.warning("%s does not know the secret", self.request.peer)
-            raise _refusal("that proof is wrong", "authentication")
+            raise AuthenticationError("that proof is wrong")
         self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
         return encode_object({"head": self.server.store.head_before(self._since)})
