@@ -1676,39 +1676,35 @@ def connect(
 _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 
 # A topic's messages are in a stream {dsmq:topic}, with ids of milliseconds and a
-# number; the number of a client's last put is for a while in {dsmq:topic}client, by the
-# braces on the same node of a cluster. On a single server dsmq:head is the newest id
-# over all topics (by the clock alone ids may step back, and topics share a
-# millisecond), and dsmq:run the run of the server, another one after a restart, from
-# which id on that has put (0-0 if all was lost), and since when.
+# number; the number of a client's last put is, while they live, in {dsmq:topic}client.
+# On a single server dsmq:head is the newest id of all topics, for the clock may step
+# back, and topics share a millisecond; dsmq:run is the run of the server, another one
+# after a restart, from which id on that has put (0-0 if all was lost), and since when.
 #
 # This stores messages, all or none. ARGV: the put's number (one below the last comes
-# late, on a connection given up), for how many seconds to keep messages and number, the
-# run, the messages. Without any it gives the time, the head (in a cluster, the last id
-# of this millisecond) and the run.
+# late, on a connection given up), the time to live, the run, the messages. Without any
+# it gives the time, the head (in a cluster that of the clock) and the run.
 _REDIS_PUT = """
-local last = redis.call('GET', KEYS[2])
-if last and tonumber(last) >= tonumber(ARGV[1]) then return end
+if tonumber(redis.call('GET', KEYS[2]) or 0) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local head, run = now .. '-18446744073709551615', 'cluster 0-0 0'
+local head, run = now .. '-0', 'cluster 0-0 0'
 if KEYS[3] then
-    head, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4])
+    head, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4]) or ''
+    if string.find(run, ARGV[3], 1, true) ~= 1 then
+        redis.pcall('SET', KEYS[4], ARGV[3] .. ' ' .. head .. ' ' .. now)
+        run = redis.call('GET', KEYS[4]) or ARGV[3] .. ' 0-0 0'
+    end
 end
-if string.find(run or '', ARGV[4], 1, true) ~= 1 then
-    local new = table.concat({ARGV[4], head, time[1] .. '.' .. time[2]}, ' ')
-    local set = redis.pcall('SET', KEYS[4], new).ok
-    run = set and new or run or ARGV[4] .. ' 0-0 0'
-end
-if #ARGV == 4 then return {now, head, run} end
+if #ARGV == 3 then return {now, head, run} end
 local ms, number = string.match(head, '(%d+)-(%d+)')
 if tonumber(ms) < now then ms, number = now, -1 end
-for i = 5, #ARGV do
-    head = KEYS[3] and ms .. '-' .. number + i - 4 or '*'
+for i = 4, #ARGV do
+    head = KEYS[3] and ms .. '-' .. number + i - 3 or '*'
     redis.call('XADD', KEYS[1], head, 'message', ARGV[i])
 end
 if KEYS[3] then redis.call('SET', KEYS[3], head) end
-redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[3])
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
@@ -1732,17 +1728,15 @@ class _RedisConnection(DSMQClientSideConnection):
         plain = tls and not self._url.startswith("rediss:")
         if port != DEFAULT_PORT or secret is not None or plain:
             raise ValueError("port, password and rediss:// for TLS belong in the URL")
-        login = "(?:[^][/?#@]*@)?"
-        known = rf"(?:unix://{login}(/[^?#]*)|rediss?://{login}"
-        known += r"(\[[\w:.%]+\]|[^][/?#@:\s]*)(?::(\d+))?(?:/\d*)?)"
+        who, host = "(?:[^][/?#@]*@)?", r"(\[[\w:.%]+\]|[\w.-]*)"
+        known = rf"(?:unix://{who}(/[^?#]*)|rediss?://{who}{host}(?::(\d+))?(?:/\d*)?)"
         # These options would change what replies are.
-        known += r"(?:\?(?!(?:.*&)?(?:decode_responses|protocol)=)[^#@]*)?"
+        known += r"(?:\?(?!.*(?:decode_responses|protocol)=)[^#@]*)?"
         form = re.fullmatch(known, self._url)
         if not form or not url.isascii():  # of which the package shows the password
-            scheme = _shown(url.partition("://")[0])
-            right = "redis://[user:password@]host[:port][/database][?options]"
-            text = f"{scheme}:// begins no Redis URL: it is like {right}, in ASCII"
-            raise ValueError(f"{text}, with any /?#@ in a password as %2F and so on")
+            text = f"{_shown(url.partition(':')[0])}:// begins no Redis URL; one is"
+            text += " redis://[user:password@]host[:port][/database][?options]"
+            raise ValueError(f"{text}, in ASCII, with /?#@ in a password as %2F etc.")
         host, port = form[1] or form[2].strip("[]"), int(form[3] or 6379)
         super().__init__(host or "localhost", port, timeout, None, tls, since)
 
@@ -1761,22 +1755,19 @@ class _RedisConnection(DSMQClientSideConnection):
             return work(link)
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
-            said = f"{type(error.__cause__ or error).__name__} {error}"[:500]
+            said = f"{type(error).__name__} {error}"
+            if isinstance(error, TypeError) and not link.connection:  # of an option
+                raise ValueError(f"the URL of the Redis: {error}") from None
             cause: Any = error
             while cause is not before and type(cause).__module__.startswith("redis."):
                 cause = cause.__cause__ or cause.__context__
-            if isinstance(error, TypeError) and not link.connection:  # of an option
-                raise ValueError(f"the URL of the Redis: {error}") from None
-            if cause is error:
-                raise
-            if isinstance(cause, OSError) and cause is not before:
-                gone = isinstance(cause, FileNotFoundError)  # a Unix socket
-                raise ConnectionRefusedError(said) if gone else cause from None
+            if cause is error or (cause is not before and isinstance(cause, OSError)):
+                raise cause from None
             for kind, words in (
                 (QueueFull, r"OutOfMemory|\bOOM\b"),
-                (AuthenticationError, "Authentication"),
-                (FrameError, "InvalidResponse"),
-                (ConnectionError, "BUSY|READONLY|UNBLOCKED"),
+                (AuthenticationError, "^Authentication"),
+                (ConnectionError, "BUSY|READONLY|UNBLOCKED"),  # they pass
+                (FrameError, "^InvalidResponse"),
                 (DSMQError, "^(ResponseError|NoPermission)"),
             ):
                 if re.search(words, said):
@@ -1790,20 +1781,17 @@ class _RedisConnection(DSMQClientSideConnection):
             redis: Any = __import__("redis")  # only who uses it needs it
         except ImportError as error:
             raise DSMQError(f"Redis needs pip install redis ({error})") from error
-        # Half of the time, so that a connection forgotten on the way is made anew.
-        seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0)
+        # Half of the time, so that a connection forgotten on the way is made anew; and
+        # ten times a second Redis looks for waits that are over.
+        seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0) + 0.1
         never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
-        options: _Fields = {"protocol": 2, "retry": never}
-        # Ten times a second Redis looks for waits that are over.
-        options["socket_timeout"] = seconds + 0.1
-        options["socket_connect_timeout"] = seconds / (1 + len(self._nodes))
+        options: _Fields = {"protocol": 2, "retry": never, "socket_timeout": seconds}
         if self._url.startswith("rediss:"):
             trusted = None if isinstance(self._tls, bool) else self._tls
             options |= {"ssl_check_hostname": True, "ssl_ca_certs": trusted}
         if self._nodes:
             nodes = [redis.cluster.ClusterNode(*place) for place in self._nodes]
             options["startup_nodes"] = nodes
-            self._nodes = self._nodes[1:] + self._nodes[:1]  # the first may be silent
             client = redis.RedisCluster.from_url(self._url, **options)
             self._nodes = tuple((node.host, node.port) for node in client.get_nodes())
             close = client.disconnect_connection_pools
@@ -1831,9 +1819,8 @@ class _RedisConnection(DSMQClientSideConnection):
         # In the same run it was flushed, and some of what is new may have been read.
         flushed = known and known.startswith(run.decode())
         stale = {t: i for t, i in stale.items() if i > start} if flushed else None
-        if self._nodes:
-            time.sleep(0.002)  # what is put after this millisecond gets a higher id
-        if since := int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000):
+        since = int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000)
+        if since or self._nodes:  # more may be put in this millisecond, to any node
             start = min(start, (now - since) * _REDIS_ID - 1)
         self._ahead, self._looked = now / 1000 - begun, begun
         link.server = name.decode()
@@ -1856,10 +1843,8 @@ class _RedisConnection(DSMQClientSideConnection):
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
         of_all = () if self._nodes else ("dsmq:head", "dsmq:run")
         keys = key, key + link.name, *of_all
-        # The number is known for longer than this call may send it again.
-        known = int(min(self._timeout, LONGEST_SECONDS)) + 60
-        times = int(TIME_TO_LIVE_SECONDS), known
-        rest = link.sequence, *times, link.server.partition(" ")[0], *load
+        run = link.server.partition(" ")[0]
+        rest = link.sequence, int(TIME_TO_LIVE_SECONDS), run, *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
@@ -1867,8 +1852,8 @@ class _RedisConnection(DSMQClientSideConnection):
     ) -> _Messages:
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
-        count = min(self._count, wanted or 100)
-        self._count = max(count // 2, 1)  # unless this one gets through, and is short
+        count = self._count
+        self._count = count // 2 or 1  # unless this one gets through, and is short
         if wanted is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:  # a wait must be over before the time limit of the socket
@@ -1894,22 +1879,19 @@ class _RedisConnection(DSMQClientSideConnection):
         Redis, `max_bytes` is its maxmemory, 0 for none. Looks at each of its keys."""
 
         def ask(link: _Link) -> _Fields:
-            client, topics = link.connection.client, {}
-            link.ready, expired = False, self._expired(link) // _REDIS_ID
+            client, topics, link.ready = link.connection.client, {}, False
             nodes = client.get_primaries() if self._nodes else ()
             servers = [client.get_redis_connection(n) for n in nodes] or [client]
             for server in servers:
                 for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
-                    server.xtrim(key, minid=expired + 1, approximate=False)
-                    if messages := server.xlen(key):
-                        name = key[len("{dsmq:") : -1].decode(errors="replace")
-                        size = server.memory_usage(key) or 0
-                        topics[name] = {"messages": messages, "bytes": size}
+                    size = server.memory_usage(key) or 0  # it may expire meanwhile
+                    name = key[len("{dsmq:") : -1].decode(errors="replace")
+                    topics[name] = {"messages": server.xlen(key), "bytes": size}
             infos = [server.info() for server in servers]
             link.ready = True
             return {
                 "version": infos[0]["redis_version"],
-                "uptime": float(infos[0]["uptime_in_seconds"]),
+                "uptime": infos[0]["uptime_in_seconds"],
                 "clients": sum(info["connected_clients"] for info in infos),
                 "messages": sum(size["messages"] for size in topics.values()),
                 "bytes": sum(size["bytes"] for size in topics.values()),

@@ -2399,7 +2399,6 @@ def test_what_expired_in_redis_is_gone(connect: Connect, pass_time: PassTime) ->
     # More than one reply holds, and not trimmed: no put came since.
     put_long_ago(node, 601, "t", *numbers(250))
     assert late.get("t") == late.get_latest("t") == "" and late.get_many("t") == []
-    assert putter.stats()["topics"] == {}
     put_long_ago(node, 601, "u", "1", "2")
     putter.put("u", "3")
     assert node.cli("-c", "xlen", "{dsmq:u}") == "1"
@@ -2459,7 +2458,7 @@ def test_redis_is_reached_in_every_way_and_tells_no_secret(new_redis: NewRedis) 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as clients:
         path = f"{folder}/socket"
         there, nobody = f"unix://{path}", f"Redis at {path}"
-        raises(ConnectionRefusedError, nobody, connect, there, timeout=0.1)
+        raises(ConnectionError, nobody, connect, there, timeout=0.1)
         raises(ValueError, "'x'", connect, f"{there}?password=s3cr&x=s3cr")
         port = new_redis("--unixsocket", path, "--requirepass", "s3cr/et").port
         place = f"{HOST}:{port}"
