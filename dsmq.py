@@ -56,7 +56,6 @@ import re
 import select
 import socket
 import socketserver
-import struct
 import sys
 import threading
 import time
@@ -120,7 +119,7 @@ PURGE_SECONDS = 0.5  # between looks for expired messages
 STEP_MESSAGES = 500  # handled in one hold of the store's lock: about a millisecond
 STEP_BYTES = 1 << 20  # likewise
 RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles up to a quarter second
-SEND_BYTES = 1 << 18  # sent or received at a time
+RECEIVE_BYTES = 1 << 18  # at a time
 READ_AHEAD_BYTES = 1 << 20  # of one reply at most, ...
 FIRST_READ_AHEAD_BYTES = 1 << 16  # ... and while it is unknown what the line carries
 
@@ -188,15 +187,11 @@ def _check_number(name: str, value: object, least: float, most: float) -> None:
 
 # ---------------------------------------------------------------------------- frames
 
-_HEADER = struct.Struct(">I")
 _ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
-# Who else may be listening there, by the first byte of what it says.
-_STRANGERS = {b"\x15": " (TLS?)", b"H": " (HTTP?)", b"-": " (a Redis?)"}
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=int).raw_decode  # int refuses NaN and such
-# glibc's malloc gives blocks as long as this one back to the system at once, and takes
-# page faults to get them again, until it has seen a longer one come and go: a get of
-# 500 kB takes 0.85 ms, without this line 1.3 ms. No page is ever touched.
+# glibc's malloc gives long blocks back to the system at once, for page faults later,
+# until it has seen a longer one go: a get of 500 kB takes 0.85 ms, without this 1.3.
 bytearray(2 << 20)
 
 
@@ -216,7 +211,7 @@ def encode_text(text: str) -> bytes:
 
 def encode_frame(*body: bytes) -> bytes:
     """A frame, for one send, around a body that may come in parts, each copied once."""
-    return b"".join((_HEADER.pack(sum(map(len, body))), *body))
+    return b"".join((sum(map(len, body)).to_bytes(4, "big"), *body))
 
 
 def encode_object(fields: _Fields) -> bytes:
@@ -229,12 +224,10 @@ def decode_object(body: bytearray) -> _Fields:
     try:
         text = str(body, "utf-8").strip(" \t\r\n")
         value, end = _decode(text)
-        if end != len(text):
-            raise ValueError(f"there is more, at character {end}")
     except (ValueError, RecursionError) as error:
         raise FrameError(f"a frame must be UTF-8 JSON: {_shown(str(error))}") from None
-    if not isinstance(value, dict):
-        raise FrameError(f"a frame must be a JSON object, not {type(value).__name__}")
+    if not isinstance(value, dict) or end < len(text):
+        raise FrameError(f"a frame must be one JSON object, not {_shown(text)}")
     return value
 
 
@@ -259,7 +252,7 @@ class FrameSocket:
         # that a server waits for a request in the system call that receives it.
         self._flag = getattr(socket, "MSG_DONTWAIT", 0)
         self._would_wait: Any = BlockingIOError
-        self._sock: Any = sock  # or the TLS around it
+        self._sock = sock  # or the TLS around it
         self._fd = sock.fileno()  # of both, also once it is closed
         try:
             self.peer = _address(sock.getpeername())
@@ -269,8 +262,7 @@ class FrameSocket:
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there")
             # A small frame must not wait for the last one's acknowledgement.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Finds a peer whose machine vanished, after two hours, or where it can be
-            # set after 60 s.
+            # Finds a peer whose machine vanished, after 60 s where that can be set.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # the second on macOS
                 if option := getattr(socket, name, None):
@@ -285,17 +277,17 @@ class FrameSocket:
         import ssl
 
         # The handshake does not come with it, but once `shut` can end it.
-        wrap, name = context.wrap_socket, host or None
-        self._sock = wrap(self._sock, not host, False, server_hostname=name)
-        self._sock.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
+        tls = context.wrap_socket(self._sock, not host, False, True, host or None)
+        self._sock = tls
+        tls.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
         try:
-            self._sock.do_handshake()
+            tls.do_handshake()
         except ssl.SSLError as error:
             if host:
                 raise
-            self._sock = socket.socket(fileno=self._sock.detach())  # plain, to say so
+            self._sock = socket.socket(fileno=tls.detach())  # plain, to say so
             raise FrameError(f"this port speaks TLS only: {error}") from None
-        self._sock.setblocking(False)
+        tls.setblocking(False)
         self._flag, self._writing = 0, self._reading
         self._would_wait = ssl.SSLWantReadError, ssl.SSLWantWriteError
 
@@ -310,7 +302,7 @@ class FrameSocket:
         try:
             with self._writing:
                 sent = self._sock.send(frame, self._flag)
-            return memoryview(frame)[sent:] if sent < len(frame) else b""
+            return memoryview(frame)[sent:]
         except self._would_wait:
             return frame
 
@@ -318,31 +310,30 @@ class FrameSocket:
         """Sends the reply for which `sending` is held, and releases it; from any
         thread, at once: a long reply, or its rest, has a thread of its own."""
         try:
-            if wait:
-                while frame := self._push(frame):
-                    self._wait(time.monotonic() + STALL_SECONDS, write=True)
-            elif len(frame) > SEND_BYTES or (frame := self._push(frame)):
-                _thread.start_new_thread(self.answer, (frame, True))
-                return
+            while frame := self._push(frame):
+                if not wait:
+                    _thread.start_new_thread(self.answer, (frame, True))
+                    return
+                self._wait(time.monotonic() + STALL_SECONDS, write=True)
         except (OSError, RuntimeError, MemoryError):
-            self.shut()  # gone, closed, or no thread: a client connects and asks again
+            self.shut()  # gone, or no thread: a client asks again
         self.sending.release()
 
     def receive(self, end: float | None = None) -> bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
         Raises FrameError if it is too long, ConnectionError if it breaks off."""
-        data, total = bytearray(self.unread), 0
-        while not total or len(data) < total:
-            if not total and len(data) >= _HEADER.size:
-                (length,) = _HEADER.unpack_from(data)
-                if length > self.max_frame_bytes:
-                    text = f"{length} bytes, but the limit is {self.max_frame_bytes}"
-                    who = _STRANGERS.get(bytes(data[:1]), "")
-                    raise FrameError(f"a frame of {text}{who}")
-                total = _HEADER.size + length
-                continue
+        data = bytearray(self.unread)
+        while True:
+            total = 4 + int.from_bytes(data[:4], "big")  # less, if some are missing
+            if total - 4 > (limit := self.max_frame_bytes):
+                text = f"a frame of {total - 4} bytes, but the limit is {limit}"
+                raise FrameError(f"{text}; it begins {_shown(bytes(data[:16]))}")
+            if (left := total - len(data)) <= 0:
+                self.unread = bytes(data[total:])
+                del data[total:], data[:4]  # no copy of a long body
+                return data
             # Memory grows with what came: a length never followed by bytes costs none.
-            size = min(max(total - len(data), 4096), SEND_BYTES)
+            size = min(max(left, 4096), RECEIVE_BYTES)
             stalled = time.monotonic() + STALL_SECONDS if data else None
             if not (chunk := self.some(size, end or stalled)):
                 if not data:
@@ -351,9 +342,6 @@ class FrameSocket:
             data += chunk
             # A slow line may take longer, as long as it moves: 4 kB buy a second.
             end = end and end + len(chunk) / 4000
-        self.unread = bytes(data[total:])
-        del data[total:], data[: _HEADER.size]  # a long body is not copied once more
-        return data
 
     def some(self, size: int, end: float | None) -> bytes:
         """What has come, once there is something; b"" when the peer has closed."""
@@ -362,12 +350,12 @@ class FrameSocket:
         while True:
             try:
                 with self._reading:
-                    return self._sock.recv(size)  # type: ignore[no-any-return]
+                    return self._sock.recv(size)
             except self._would_wait:
                 self._wait(end)
 
     def _wait(self, end: float | None, write: bool = False) -> None:
-        """Waits, outside of the TLS layer, until it can be read or written."""
+        """Waits until it can be read or written, outside of the TLS layer."""
         while (left := (end or math.inf) - time.monotonic()) > 0:
             seconds = min(left, LONGEST_SECONDS)
             if hasattr(select, "poll"):
@@ -756,15 +744,15 @@ class _Server(socketserver.ThreadingTCPServer):
     def _purge(self) -> None:
         """The timer: frees what has expired, and looks whether our parent lives."""
         self.stopping.wait(PURGE_SECONDS)
+        while self.store.purge():
+            time.sleep(0.001)  # in which others get the lock
+        self.store.tidy()
         started_by = sys.modules.get("multiprocessing")
         parent = started_by and started_by.parent_process()
         # The number tells more while the parent's other children live.
         if parent and (os.getppid() != self.parent or not parent.is_alive()):
             _log.warning("stopping: the process that started this one has ended")
             self.shutdown()
-        while self.store.purge():
-            time.sleep(0.001)  # in which others get the lock
-        self.store.tidy()
 
     def _hold_rounds(self) -> None:
         """Answers the readers who wait for their topic's next round."""
@@ -891,7 +879,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 end = time.monotonic() + LINGER_SECONDS
                 self.request.send(_error_reply(error), end)
                 self.request.shut(socket.SHUT_WR)
-                while self.request.some(SEND_BYTES, end):
+                while self.request.some(RECEIVE_BYTES, end):
                     pass
         except OSError as error:  # vanished, stalled, or does not read
             _log.info("closing %s: %s", self.request.peer, error)
@@ -1112,9 +1100,9 @@ def serve(
     if keyfile is not None and certfile is None:
         raise ValueError("a keyfile needs a certfile")
     limits = {"max_frame_bytes": max_frame_bytes, "max_clients": max_clients}
-    with contextlib.suppress(KeyboardInterrupt):
+    kept = contextlib.closing(MessageStore(float(time_to_live), max_bytes))
+    with contextlib.suppress(KeyboardInterrupt), kept as store:
         context = None if certfile is None else _tls_context(None, certfile, keyfile)
-        store = MessageStore(float(time_to_live), max_bytes)
         _Server(host, port, store, secret=secret, context=context, **limits).run()
     _log.info("stopped; goodbye")
 
@@ -1130,7 +1118,7 @@ def _tls_context(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if certfile is not None:
         for path in (certfile, keyfile or certfile):
-            open(path, "rb").close()  # its error names the path; that of ssl does not
+            open(os.fspath(path), "rb").close()  # its error names the path
         context.load_cert_chain(certfile, keyfile)
     return context
 
@@ -1145,12 +1133,9 @@ def _show_log() -> None:
 
 # What a refusal becomes, else DSMQError. A busy server is tried again.
 _EXCEPTIONS: dict[str, type[Exception]] = {
-    "full": QueueFull,
-    "authentication": AuthenticationError,
-    "too_large": ValueError,
-    "bad_frame": FrameError,
-    "busy": ConnectionRefusedError,
-}
+    "full": QueueFull, "authentication": AuthenticationError, "bad_frame": FrameError,
+    "too_large": ValueError, "busy": ConnectionRefusedError,
+}  # fmt: skip
 
 
 class _Link:
@@ -1160,7 +1145,7 @@ class _Link:
     sequence = 0
     end = 0.0  # monotonic time at which a reply is given up
     connection: Any = None  # a FrameSocket, or what another engine dials
-    server = ""  # the name of the one at the other end
+    server = ""  # its name
     # False until the reply is in: after an interrupt no later request shall meet it.
     ready = False
 
@@ -1168,36 +1153,35 @@ class _Link:
         self.name = os.urandom(16).hex().encode()
 
     def exchange(self, request: bytes, field: str = "") -> _Fields:
-        """The server's reply to a request, which must have an integer in that field."""
-        self.ready, connection = False, self.connection
-        connection.send(request, self.end)
-        body = connection.receive(self.end)
-        self.ready = True
+        """The server's reply, which must have an integer in that field."""
+        self.ready = False
+        self.connection.send(request, self.end)
+        body = self.connection.receive(self.end)
         if body is None:
             raise ConnectionResetError("the server closed the connection")
         reply = decode_object(body)
+        self.ready = True
         if "error" in reply:
             kind = _EXCEPTIONS.get(str(reply.get("code")), DSMQError)
             raise kind(str(reply["error"]))
         if field and type(reply.get(field)) is not int:
-            raise FrameError(f"a reply without integer {field}: {_shown(str(reply))}")
+            raise FrameError(f"no integer {field} in {_shown(str(reply))}")
         return reply
 
     def drop(self) -> None:
         """Closes the connection: lost, or with a reply still to come on it."""
         self.ready, self.server = False, ""
-        connection, self.connection = self.connection, None
-        if connection:
-            connection.close()
+        if self.connection:
+            self.connection.close()
 
-    __del__ = drop  # a client that was never closed gives no ResourceWarning
+    __del__ = drop  # so that none gives a ResourceWarning
 
 
 class _Reader:
     """Where a client stands in a topic."""
 
     def __init__(self, last: int) -> None:
-        self.last = last  # id of the newest message read, be it handed out or not
+        self.last = last  # id of the newest message read
         # Those not handed out, the oldest at the end: the id before it, its text, and
         # the monotonic time at which the first of its reply expires.
         self.unread: list[tuple[int, str, float]] = []
@@ -1205,7 +1189,7 @@ class _Reader:
     @property
     def cursor(self) -> int:
         """An id up to which all has been handed out, and nothing above."""
-        last, oldest = self.last, self.unread[-1:]  # in this order, for want of a lock
+        last, oldest = self.last, self.unread[-1:]  # in this order, unlocked
         return oldest[0][0] if oldest else last
 
 
@@ -1222,8 +1206,7 @@ class DSMQClientSideConnection:
     message too long for a frame are a ValueError, before anything is sent.
     """
 
-    # Without a timeout get_wait persists for so many doubling pauses, the first of so
-    # many seconds. The original's names.
+    # How long get_wait persists without a timeout; the original's names.
     _n_tries = 10
     _initial_retry = 0.01
     _engine = "dsmq server"  # as error messages name it
@@ -1236,14 +1219,12 @@ class DSMQClientSideConnection:
         _check_server(host, port, secret)
         _check_number("timeout", timeout, 0.001, math.inf)
         _check_number("since", since, 0, math.inf)
-        if not isinstance(tls, (bool, str, os.PathLike)):
-            raise TypeError(f"tls must be a bool or a path, not {_shown(tls)}")
-        if not isinstance(tls, bool):
-            open(tls, "rb").close()  # its error names the path; that of ssl does not
-        self._host, self._port, self._timeout = host, port, float(timeout)
+        if not isinstance(tls, bool):  # its error names the path
+            open(os.fspath(tls), "rb").close()
+        self._host, self._port, self._timeout = host, port, timeout
         self._secret, self._tls, self._since = secret, tls, since
         self.closed = False
-        self._server: str | None = None  # the name of the one that the cursors are for
+        self._server: str | None = None  # whose the cursors are
         self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
         # Of one reply; for lines that are slow, or break before a long one is through.
@@ -1260,24 +1241,23 @@ class DSMQClientSideConnection:
     # One object in several threads and processes
 
     def __setstate__(self, state: _Fields) -> None:
-        """Takes over another's state; makes anew what belongs to one process alone."""
+        """Makes anew what belongs to one process alone."""
         self.__dict__.update(state)
         # Guards cursors, `_server` and `_start`; not held while talking to the server.
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
         # All (weakly, or one lost to an interrupt in `_call` would stay open), and some
         # of those not in use: of many threads most call but once.
-        self._links: set[weakref.ref[_Link]] = set()
+        self._links: Any = weakref.WeakValueDictionary()  # by name
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
 
     def _leave_to_parent(self) -> None:
         """Closes, and does not shut down. A call whose signal handler forked goes on
         under another name."""
-        for reference in list(self._links):
-            if (link := reference()) and link.connection:
-                link.connection.close()
-                link.name = _Link().name
+        for link in self._links.values():
+            link.drop()
+            link.name = _Link().name
         self.__setstate__({})
 
     def _check_usable(self) -> None:
@@ -1295,11 +1275,11 @@ class DSMQClientSideConnection:
         """`work` done with a connection, or with new ones, until `timeout` is over."""
         begun, pause = time.monotonic(), RETRY_PAUSE_SECONDS
         try:
-            link = self._idle.pop()  # the one used last: the others may have aged
+            link = self._idle.pop()  # used last: others may have aged
         except IndexError:
             link = _Link()
-            self._links.add(weakref.ref(link, self._links.discard))
-        link.sequence += 1  # once for all tries, so that the server knows a put again
+            self._links[link.name] = link
+        link.sequence += 1  # for all tries, so a put is known again
         # One forgotten on the way (by a NAT, in a suspend) leaves half for a new one.
         link.end = begun + min(self._timeout / 2, 60.0)
         try:
@@ -1312,7 +1292,6 @@ class DSMQClientSideConnection:
                         self._dial(link)
                     return work(link)
                 except OSError as error:
-                    link.drop()
                     self._check_usable()  # or `close` has cut it
                     left = begun + self._timeout - time.monotonic()
                     self._give_up(error, left)
@@ -1325,25 +1304,22 @@ class DSMQClientSideConnection:
             self._idle.append(link)
 
     def _dial(self, link: _Link) -> None:
-        """Connects a link, and says hello: with a nonce if there is a secret, which the
-        server must prove that it knows, before the client does and gets the head."""
+        """Connects a link, and says hello. With a secret the server must prove that it
+        knows it, then the client, who then gets the head."""
         known, place = self._server, (self._host, self._port)
         seconds = min(max(link.end - time.monotonic(), 0.002), LONGEST_SECONDS)
-        try:
-            found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
-        except UnicodeError as error:
-            raise ValueError(f"host {_shown(self._host)} is no name: {error}") from None
         # A name may have several addresses, of which the first may be silent.
-        sock = socket.create_connection(place, seconds / (len(found) + 1))
+        tries = len(socket.getaddrinfo(*place, type=socket.SOCK_STREAM)) + 1
+        sock = socket.create_connection(place, seconds / tries)
         link.connection = FrameSocket(sock, MAX_FRAME_BYTES)
+        self._check_usable()  # closed when there was nothing to shut
         if self._tls:
             context = _tls_context(None if self._tls is True else self._tls)
             link.connection.start_tls(context, link.end, self._host)
-        self._check_usable()  # `close` may have come when there was nothing to shut
-        hello: _Fields = {"action": "hello", "protocol": PROTOCOL}
-        hello["since"] = min(self._since, 1e9)  # JSON knows no infinity
-        if self._secret:
-            hello["nonce"] = os.urandom(32).hex()
+            self._check_usable()  # or in the middle of that
+        # JSON knows no infinity.
+        hello: _Fields = {"action": "hello", "since": min(self._since, 1e9)}
+        hello["nonce"] = self._secret and os.urandom(32).hex()
         reply = link.exchange(encode_object(hello), "max_frame_bytes")
         if self._secret:
             words = hello["nonce"], str(reply.get("challenge"))
@@ -1353,9 +1329,9 @@ class DSMQClientSideConnection:
             request = {"action": "authenticate", "proof": proof}
             reply |= link.exchange(encode_object(request))
         if type(head := reply.get("head")) is not int:
-            raise FrameError(f"a server without head: {_shown(str(reply))}")
-        limit = max(reply["max_frame_bytes"], MIN_FRAME_BYTES)
-        self._max_frame_bytes = link.connection.max_frame_bytes = limit
+            raise FrameError(f"no integer head in {_shown(str(reply))}")
+        self._max_frame_bytes = reply["max_frame_bytes"]
+        link.connection.max_frame_bytes = self._max_frame_bytes
         link.server = str(reply.get("server"))
         self._note_server(known, link.server, head)
 
@@ -1368,11 +1344,10 @@ class DSMQClientSideConnection:
         with self._lock:
             if self._server == name:
                 return
-            if self._server != known:  # by now another thread has found its successor
+            if self._server != known:  # another thread found a newer one
                 raise ConnectionResetError("the server has been replaced")
             # What is new there is to be read; what was read ahead comes before.
-            if known is None or self._start > begin:
-                self._start = head if known is None else begin
+            self._start = head if known is None else min(self._start, begin)
             for topic, reader in [*self._cursors.items()]:  # a signal handler adds some
                 old = stale is None or stale.get(topic) == reader.last
                 if old and reader.last > begin and self._server == known:
@@ -1382,15 +1357,13 @@ class DSMQClientSideConnection:
             self._server = name
 
     def _give_up(self, error: OSError, left: float) -> None:
-        """Raises what has come of it, if it is no use to try again in the time left."""
+        """Raises what came of it, if there is no use in another try."""
         # By their names, for ssl is imported only where TLS is used.
         kinds = "FrameError", "SSLError", "SSLCertVerificationError", "gaierror"
         final = type(error).__name__ in kinds and error.errno != socket.EAI_AGAIN
         # In 20 ms a try might not get as far as to meet the true error.
-        if not final and left > max(0.01 * self._timeout, 0.02):
+        if not final and left >= max(0.01 * self._timeout, 0.02):  # or both infinite
             return
-        if isinstance(error, ValueError):  # of a certificate
-            raise error
         told = FrameError, ConnectionRefusedError, TimeoutError
         kind = next((k for k in told if isinstance(error, k)), ConnectionError)
         late = kind is TimeoutError
@@ -1420,12 +1393,12 @@ class DSMQClientSideConnection:
         left = 0
         for msg in msgs:  # all are checked before one goes
             if not isinstance(msg, str):
-                hint = "json.dumps makes one of most things, base64.b64encode of bytes"
+                hint = "json.dumps makes one, base64.b64encode of bytes"
                 raise TypeError(f"a message must be a str, not {_shown(msg)}: {hint}")
             body = self._encode(msg)
             if len(body) > room_bytes:
-                text = f"the message {_shown(msg)} takes {len(body)} bytes, but"
-                raise ValueError(f"{text} {room_bytes} fit into a frame of the server")
+                size = f"{len(body)} bytes, but {room_bytes} fit into a frame"
+                raise ValueError(f"the message {_shown(msg)} takes {size}")
             left -= len(body) + self._message_bytes
             if left < 0 or len(loads[-1]) >= MAX_PUT_MESSAGES:
                 loads.append([])
@@ -1468,13 +1441,13 @@ class DSMQClientSideConnection:
         return iter(lambda: (self._some(topic, timeout) or (None,))[0], None)
 
     def _some(self, topic: str, seconds: float, wanted: int | None = 0) -> list[str]:
-        """The next message, or up to as many as wanted (None: the newest), or none."""
+        """The next message, or as many as wanted (None: the newest), or none."""
         limit, key, now = wanted or 1, b"", time.monotonic()
         end = now + seconds
         found = wanted is not None and type(topic) is str and topic in self._cursors
         while not (found and (texts := self._take(topic, limit, now, limit))):
             key, left = key or self._key(topic), max(end - time.monotonic(), 0.0)
-            if not wanted:  # many might expire again and again before they are enough
+            if not wanted:  # many might expire before they are enough
                 now = time.monotonic()
             found = self._call(partial(self._fetch, topic, key, left, wanted))
             if not found and time.monotonic() >= end:
@@ -1482,7 +1455,7 @@ class DSMQClientSideConnection:
         return texts
 
     def _reader(self, topic: str, now: float) -> _Reader:
-        """The topic's, or a new one; without what was read ahead and has expired."""
+        """The topic's, or a new one; without what has expired."""
         reader = self._cursors.get(topic) or _Reader(self._start)
         if reader.unread and reader.unread[-1][2] < now:
             reader.last = reader.unread[-1][0]
@@ -1494,8 +1467,8 @@ class DSMQClientSideConnection:
     # there is none from where a reader is looked at until it is changed.
 
     def _take(self, topic: str, limit: int, now: float, least: int = 1) -> list[str]:
-        """Hands out messages read ahead, up to `limit`, or none if there are not the
-        `least`. What has been read since `now` is good, however soon it expires."""
+        """Hands out messages read ahead, up to `limit`, at `least` so many or none.
+        What has been read since `now` is good, however soon it expires."""
         if self.closed:
             self._check_usable()
         taken: list[tuple[int, str, float]] = []
@@ -1508,22 +1481,22 @@ class DSMQClientSideConnection:
                     del unread[-limit:]
             return [text for _, text, _ in reversed(taken)]
         except BaseException:
-            if taken:  # the caller never gets them, so they are still to be handed out
+            if taken:  # still to be handed out
                 unread += taken
             raise
 
     def _fetch(
         self, topic: str, key: bytes, wait: float, wanted: int | None, link: _Link
     ) -> bool:
-        """Reads messages ahead: one or so many as wanted, or more (None: the newest
-        alone), waiting for the first. False if there were none."""
+        """Reads messages ahead (None: the newest alone), waiting for the first. False
+        if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         reader, after = self._cursors.get(topic), self._start  # compared below
         if reader:
-            if reader.unread and wanted == 0:
-                return True  # another thread has just read it ahead
             after = reader.cursor if wanted is None else reader.last
+            if reader.unread and wanted == 0:  # looked at after `last`, unlocked
+                return True  # another thread has just read it ahead
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
             return False
@@ -1541,13 +1514,13 @@ class DSMQClientSideConnection:
         return True
 
     def _tidy(self, link: _Link) -> None:
-        """Forgets expired messages read ahead, and cursors with only such before."""
+        """Forgets what has expired, and cursors with only such before."""
         expired, now = self._expired(link), time.monotonic()
         with self._lock:
             if self._server == link.server:  # whose ids these are
                 for topic in [*self._cursors]:
                     reader = self._reader(topic, now)
-                    if reader.last <= expired and not reader.unread:
+                    if not reader.unread and reader.last <= expired:
                         self._cursors.pop(topic, None)
                 self._tidy_at = 2 * len(self._cursors) + 100
 
@@ -1560,10 +1533,10 @@ class DSMQClientSideConnection:
         if not 1 <= len(topic) <= MAX_TOPIC_CHARACTERS:
             text = f"a topic has 1 to {MAX_TOPIC_CHARACTERS} characters, but"
             raise ValueError(f"{text} {_shown(topic)} has {len(topic)}")
-        key = encode_text(topic)
-        if len(key) > (room_bytes := self._max_frame_bytes - ENVELOPE_BYTES):
-            text = f"the topic {_shown(topic)} takes {len(key)} bytes, but {room_bytes}"
-            raise ValueError(f"{text} fit into a frame of the server")
+        key, room_bytes = encode_text(topic), self._max_frame_bytes - ENVELOPE_BYTES
+        if len(key) > room_bytes:
+            size = f"{len(key)} bytes, but {room_bytes} fit into a frame"
+            raise ValueError(f"the topic {_shown(topic)} takes {size}")
         return key
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
@@ -1582,16 +1555,13 @@ class DSMQClientSideConnection:
         # Half of the time that is left: the other is for an answer that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
         what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
-        how = b'"limit":%d,"limit_bytes":%d,' % (max(wanted or 0, 1000), budget)
-        request = encode_frame(what, how, b'"wait":%.6f}' % wait)
-        self._read_ahead_bytes = max(budget // 2, 1)
-        reply = link.exchange(request)
+        how = b'"limit":1000,"limit_bytes":%d,"wait":%.6f}' % (budget, wait)
+        self._read_ahead_bytes = max(budget // 2, 256)
+        reply = link.exchange(encode_frame(what, how))
         try:
             ids, texts = reply["ids"], reply["messages"]
             if time.monotonic() < begun + 1.0:
                 self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
-            elif len(ids) < 2:  # which was waited for, or is long by itself
-                self._read_ahead_bytes = budget
             kinds: list[type] = [int] * len(ids) + [str] * len(ids)
             growing = [after, *ids] == sorted({after, *ids})
             if growing and [*map(type, ids + texts)] == kinds:
@@ -1630,7 +1600,7 @@ class DSMQClientSideConnection:
     def close(self) -> None:
         """Ends the connection, and the calls of other threads. May be called again."""
         self.closed = True
-        for reference in list(self._links):
+        for reference in self._links.valuerefs():
             if connection := getattr(reference(), "connection", None):
                 connection.shut()
         self._idle.clear()  # links in no call go with it, and close as they go
@@ -1667,7 +1637,7 @@ def connect(
     mq = engine(host, port, timeout, secret, tls, since)
     if verbose:
         _show_log()
-        _log.info("connected to %s:%s", mq._host, mq._port)  # without a URL's password
+        _log.info("connected to %s:%s", mq._host, mq._port)  # no password
     return mq
 
 
@@ -1756,12 +1726,15 @@ class _RedisConnection(DSMQClientSideConnection):
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
             said = f"{type(error).__name__} {error}"
-            if isinstance(error, TypeError) and not link.connection:  # of an option
+            wrong = TypeError, AttributeError  # of an option in the URL
+            if isinstance(error, wrong) and not link.connection:
                 raise ValueError(f"the URL of the Redis: {error}") from None
+            if not type(error).__module__.startswith("redis."):
+                raise
             cause: Any = error
             while cause is not before and type(cause).__module__.startswith("redis."):
                 cause = cause.__cause__ or cause.__context__
-            if cause is error or (cause is not before and isinstance(cause, OSError)):
+            if isinstance(cause, OSError) and cause is not before:
                 raise cause from None
             for kind, words in (
                 (QueueFull, r"OutOfMemory|\bOOM\b"),
@@ -2151,19 +2124,18 @@ def main() -> int | str:
     if hasattr(sys.stdout, "reconfigure"):  # not if it is closed or replaced
         sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)
     try:
-        _parsed(sys.argv[1:])()
+        try:
+            _parsed(sys.argv[1:])()
+        finally:
+            print(end="", flush=True)  # be it a help that nobody reads
         return 0
-    except BrokenPipeError:
-        return 0  # whoever read our output had enough
     except KeyboardInterrupt:
         return 130  # as a shell tells it
     except (OSError, DSMQError, ValueError) as error:
-        return f"dsmq: {error}"  # sys.exit shows it, for a status of 1
-    finally:
-        try:
-            print(end="", flush=True)  # be it a help that nobody reads
-        except OSError:  # which Python would meet once more, and tell, at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What could not be written Python would try, and tell, once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # Whoever read our output may have had enough.
+        return 0 if isinstance(error, BrokenPipeError) else f"dsmq: {error}"
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ import pytest
 import dsmq
 from dsmq import AuthenticationError, DSMQError, QueueFull
 
-HERE = Path(__file__).parent
-HOST = "127.0.0.1"
+HERE, HOST = Path(__file__).parent, "127.0.0.1"
 PATIENCE_SECONDS = 20.0  # for whatever should come soon, on a machine under load
 Client = dsmq.DSMQClientSideConnection
 Capture = pytest.CaptureFixture[str]
@@ -418,8 +417,7 @@ class Redis:
     GUARD = 'redis-server "$@" & echo $!; read -r _; kill -9 $!; wait $! 2> log'
 
     def __init__(self, folder: str, *options: str) -> None:
-        self.port = quiet_port()
-        self._folder = folder
+        self.port, self._folder = quiet_port(), folder
         self._command = ["sh", "-c", self.GUARD, "sh", "--port", str(self.port)]
         self._command += ["--bind", HOST, "--save", "", "--logfile", "log", *options]
         self.start()
@@ -955,8 +953,7 @@ def test_slowness_is_no_stall(server: Server, raw: Raws, monkeypatch: Patch) -> 
 def test_non_readers_are_dropped(server: Server, raw: Raws, monkeypatch: Patch) -> None:
     writer = raw()
     writer.ask(**PUT | {"messages": ["x" * 1_000_000]})
-    threads = count_threads()
-    greedy, closing = raw(), raw()
+    threads, greedy, closing = count_threads(), raw(), raw()
     for peer in (greedy, closing):
         peer.sock.sendall(dsmq.encode_object(GET) * 50)
     eventually(lambda: server.clients() == 3)
@@ -1334,7 +1331,7 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], type[Exception], dict[str, Any]
     (functools.partial(dsmq.serve, certfile=__file__), OSError, {
         "keyfile": ["/nowhere.pem"]}),
 ]  # fmt: skip
-NAMED = {"host": "host|URL|'.+'://", "secret": "secret|password", "tls": "tls|rediss"}
+NAMED = {"host": "host|URL|idna", "secret": "secret|password", "tls": "PathLike|TLS"}
 
 
 def test_wrong_arguments_of_connect_and_serve_raise_at_once() -> None:
@@ -1630,7 +1627,6 @@ def test_all_arrive_once_through_many_cuts(
         for outcome in reading:
             assert outcome(2 * patience) == numbers(total)
         assert proxy.cuts > total // 50
-        print(f"{total} messages, {proxy.cuts} cuts")
 
 
 def test_a_slow_line_is_busy_and_no_call_raises(proxy: Proxy, connect: Connect) -> None:
@@ -1671,7 +1667,8 @@ def test_clients_carry_on_after_a_restart(connect: Connect) -> None:
     with within(5, 0.1):
         together(lambda work: raises(ConnectionRefusedError, where, work), works)
     trier._timeout = PATIENCE_SECONDS
-    trying = begin(trier.put, "v", "x"), begin(connect, server.port)  # on and on
+    endless = functools.partial(connect, timeout=math.inf)
+    trying = begin(trier.put, "v", "x"), begin(endless, server.port)
     start(server.port) if ours else server.start()
     connect(server.port).put("t", "put before they noticed")
     putter.put("t", "new")
@@ -1854,8 +1851,7 @@ BAD_REPLIES: list[Any] = [
     *({"ids": [i], "messages": ["x"], "expires": 9} for i in ("x", True, 5)),
     *({"ids": i, "messages": ["x", "y"], "expires": 9} for i in ([9, 7], [6, 6])),
 ]
-STRANGERS = {"HTTP": b"HTTP/1.1 400 Bad Request\r\n\r\n", "TLS": b"\x15\3\1\0\2\2F"}
-STRANGERS |= {"Redis": b"-ERR Protocol error\r\n", "a frame": b"SSH-2.0-OpenSSH\r\n"}
+STRANGERS = {"HTTP": b"HTTP/1.1 400 Bad Request\r\n\r\n", "SSH": b"SSH-2.0-OpenSSH\r\n"}
 
 
 def test_a_reply_that_is_not_as_it_should_be_is_an_error_in_every_call() -> None:
@@ -2231,8 +2227,8 @@ def test_all_works_over_tls(connect: Connect, certificate: Path) -> None:
         raises(ConnectionError, "closed", waiting)
     # Another name; no authority of the system; no file; no TLS.
     connect_to = functools.partial(dsmq.connect, timeout=0.3)
-    raises(ssl.SSLCertVerificationError, None, connect_to, *wrong, tls=tls)
-    raises(ssl.SSLCertVerificationError, None, connect_to, *address, tls=ours)
+    raises(ConnectionError, "certificate verify", connect_to, *wrong, tls=tls)
+    raises(ConnectionError, "certificate verify", connect_to, *address, tls=ours)
     named = "nowhere" if ours else None
     raises(FileNotFoundError, named, connect_to, *address, tls="/nowhere.pem")
     lost = ConnectionError, TimeoutError
@@ -2600,8 +2596,7 @@ def test_a_signal_before_serve_is_ready_ends_it_quietly(how: str) -> None:
     early = f"dsmq._Server = lambda *_, **__: os.kill(os.getpid(), signal.SIG{how})"
     serve = "sys.argv.append('serve'); sys.exit(dsmq.main())"
     with run_code("import dsmq, os, signal, sys", early, serve) as it:
-        status, _, errors = rest(it)
-    assert status == 0 and "Traceback" not in errors
+        assert rest(it)[0] == 0
 
 
 MANY = "".join(f"{i}\n" for i in range(30_000))
@@ -2751,6 +2746,7 @@ ERRORS = [
     ("stats --port $USED | true", 0, ""),
     ("stats --port $USED > /dev/full", 1, "No space left"),
     ("--help | true", 0, ""),
+    ("--help > /dev/full", 1, "No space left"),
     ("watch t --port $USED >&-", 1, "output is closed"),
     ("put t --port $USED <&-", 1, "input is closed"),
 ]
