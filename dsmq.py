@@ -62,7 +62,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import count, repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -276,7 +276,7 @@ class FrameSocket:
         """The handshake: a client's, if it says which host's certificate to expect."""
         import ssl
 
-        # The handshake does not come with it, but once `shut` can end it.
+        # The handshake comes after this, when `shut` reaches it and can end it.
         tls = context.wrap_socket(self._sock, not host, False, True, host or None)
         self._sock = tls
         tls.settimeout(min(max(end - time.monotonic(), 0.001), LONGEST_SECONDS))
@@ -451,8 +451,9 @@ class MessageStore:
         self._topics: dict[str, _Topic] = {}  # that have messages
         self._topics_by_key: dict[int, _Topic] = {}
         self._keys = count()
-        self._waiters: dict[str, dict[Waiter, bool]] = {}  # by topic, in order
-        # By client, the last to put last: when that expires, settled, its latest heads.
+        # By topic those who wait, in order, and after which id each reads.
+        self._waiters: dict[str, dict[Waiter, int]] = {}
+        # By client, the last to put last: when that expires, what it settled, heads.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
 
     # Putting
@@ -485,7 +486,7 @@ class MessageStore:
             else:
                 self._young += rows
             self.head += len(bodies)  # if memory runs out after this, they are nobody's
-            self._topics[topic] = self._topics_by_key[entry.key] = entry
+            self._topics_by_key[entry.key] = self._topics[topic] = entry
             entry.newest, entry.messages = self.head, entry.messages + len(bodies)
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
@@ -505,28 +506,35 @@ class MessageStore:
         client, sequence, settled = origin
         _, before, heads = self._recent.pop(client, (0.0, settled, {}))
         self._recent[client] = expires, max(settled, before), heads
-        # The 0 is entered now, for once a put is stored it must not fail.
-        if not heads.setdefault(sequence, 0) and sequence <= before:
-            raise DSMQError(f"sequence {sequence} was settled before")  # and comes late
-        if len(heads) > 64:  # bounded, whatever clients do; how many is up to `tidy`
+        # Bounded, whatever clients do: 10,000 of them, 64 puts of each.
+        if len(self._recent) > 10_000:
+            del self._recent[next(iter(self._recent))]
+        heads.setdefault(sequence, 0)  # now, for once it is stored it must not fail
+        if len(heads) > 64:
             del heads[next(iter(heads))]
+        if not heads[sequence] and sequence <= before:
+            raise DSMQError(f"sequence {sequence} was settled before")  # and comes late
         return heads
 
     # Reading
 
     def get(
-        self, topic: str, after: int, limit: int, room: int, who: Waiter | None = None
+        self, topic: str, after: int, limit: int, room: int, waiter: Any = None
     ) -> list[Message]:
         """The oldest live messages after an id, as many as fit `limit` and `room`
         (bytes, each with ID_BYTES), at least one if there is one. If there is none, or
-        a round is to come, `who` waits for it from now on, and nothing is given."""
+        a round is to come, `waiter` is entered for it, and nothing is given."""
         found: list[Message] = []
         while len(found) < limit:
             # In steps, for a long read must not keep everyone else from the lock.
             with self._lock:
                 more = self._read(topic, after, limit - len(found), room)
-                if who and not found and (not more or self._rests(self._topics[topic])):
-                    self._waiters.setdefault(topic, {})[who] = True
+                wait = waiter and not found
+                if wait and (not more or self._rests(self._topics[topic])):
+                    # Those for whom there is nothing are at one place, and read once.
+                    newest = self._topics[topic].newest if topic in self._topics else 0
+                    place = after if more or after > self.head else newest
+                    self._waiters.setdefault(topic, {})[waiter] = place
                     return []
             if not more:
                 break
@@ -584,23 +592,24 @@ class MessageStore:
 
     # Readers that wait
 
-    def _rests(self, topic: _Topic, crowd: bool = False) -> bool:
+    def _rests(self, entry: _Topic, crowd: bool = False) -> bool:
         """Whether its readers are answered in its next round, which then is due."""
-        rests = crowd or time.monotonic() < topic.next_round
-        if rests and not topic.round_due:
-            self.rounds.put(topic)
-            topic.round_due = True  # not if memory ran out
+        rests = crowd or time.monotonic() < entry.next_round
+        if rests and not entry.round_due:
+            self.rounds.put(entry)
+            entry.round_due = True  # not if memory ran out
         return rests
 
-    def take_readers(self, topic: _Topic) -> list[tuple[list[Message], list[Waiter]]]:
+    def take_readers(self, entry: _Topic) -> list[tuple[list[Message], list[Waiter]]]:
         """Readers that are to be answered, no longer waiting, by what they get."""
         places: dict[tuple[int, int, int], list[Waiter]] = {}  # most are at the same
         with self._lock:
-            topic.round_due, topic.next_round = False, time.monotonic() + 0.002
-            waiters = self._waiters.get(topic.name, {})
-            for waiter in waiters:
-                places.setdefault(waiter[1:4], []).append(waiter)
-            ready = [(self._read(topic.name, *at), some) for at, some in places.items()]
+            entry.round_due, entry.next_round = False, time.monotonic() + 0.002
+            waiters = self._waiters.get(entry.name, {})
+            for waiter, after in waiters.items():
+                at = after, waiter.limit, waiter.room
+                places.setdefault(at, []).append(waiter)
+            ready = [(self._read(entry.name, *at), some) for at, some in places.items()]
             # For the others there is nothing: it has expired, or they want later ones.
             ready = [(found, some) for found, some in ready if found]
             # Only now: one taken out before memory ran out would get no answer.
@@ -611,7 +620,7 @@ class MessageStore:
     def end_wait(self, waiter: Waiter) -> bool:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
-            return self._waiters.get(waiter.topic, {}).pop(waiter, False)
+            return self._waiters.get(waiter.topic, {}).pop(waiter, None) is not None
 
     # Expiry and accounts
 
@@ -624,7 +633,8 @@ class MessageStore:
             for key, size in self._db.execute(sql + " LIMIT ?", (self._purged, most)):
                 cost = size + MESSAGE_OVERHEAD_BYTES
                 self._purged, room = self._purged + 1, room - cost
-                if entry := self._topics_by_key.get(key):  # else nobody's, see put
+                entry = self._topics_by_key.get(key)
+                if entry and entry.messages:  # else nobody's, see put
                     entry.messages, entry.bytes = entry.messages - 1, entry.bytes - cost
                     self._bytes -= cost
                     if not entry.messages:
@@ -642,8 +652,8 @@ class MessageStore:
         with self._lock:
             self._waiters = {t: some for t, some in self._waiters.items() if some}
             past = time.monotonic() - max(60.0 - self.time_to_live, 0.0)
-            latest = [*self._recent.items()][-10_000:]
-            self._recent = {c: puts for c, puts in latest if puts[0] >= past}
+            while self._recent and next(iter(self._recent.values()))[0] < past:
+                del self._recent[next(iter(self._recent))]
             free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]
             if free_pages > 4096 and self._bytes <= STEP_BYTES:
                 # Milliseconds. Both are needed: of 231 MB they leave 16, one over 210,
@@ -700,6 +710,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.started, self.parent = time.monotonic(), os.getppid()
         self.stopping = threading.Event()  # set once, by whoever stops the server
         self.connections: set[FrameSocket] = set()
+        self._noted = 0  # what was logged of peers since the last purge
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -722,8 +733,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         """Frees the port and ends every conversation; replies get 0.15 s more."""
-        self.socket.close()
         self.stopping.set()
+        self.socket.close()
         self.store.close()
         for how in (socket.SHUT_RD, socket.SHUT_RDWR):
             for connection in list(self.connections):
@@ -744,6 +755,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def _purge(self) -> None:
         """The timer: frees what has expired, and looks whether our parent lives."""
         self.stopping.wait(PURGE_SECONDS)
+        self._noted = 0
         while self.store.purge():
             time.sleep(0.001)  # in which others get the lock
         self.store.tidy()
@@ -756,14 +768,14 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def _hold_rounds(self) -> None:
         """Answers the readers who wait for their topic's next round."""
-        while topic := self.store.rounds.get():
-            time.sleep(max(topic.next_round - time.monotonic(), 0))
-            self.answer_readers(topic)
+        while entry := self.store.rounds.get():
+            time.sleep(max(entry.next_round - time.monotonic(), 0))
+            self.answer_readers(entry)
 
-    def answer_readers(self, topic: _Topic) -> None:
+    def answer_readers(self, entry: _Topic) -> None:
         """Those at the same place get the same reply, made once."""
         begun = time.monotonic()
-        for messages, waiters in self.store.take_readers(topic):
+        for messages, waiters in self.store.take_readers(entry):
             try:
                 reply = _messages_reply(messages)
             except MemoryError:  # what was put is stored; the reader asks again
@@ -771,7 +783,7 @@ class _Server(socketserver.ThreadingTCPServer):
             for waiter in waiters:
                 waiter.connection.answer(reply)
         now = time.monotonic()
-        topic.next_round = now + min(4 * (now - begun), 0.002)
+        entry.next_round = now + min(4 * (now - begun), 0.002)
 
     # A connection's way: get_request accepts it, process_request starts its thread,
     # in which _Handler serves it, and shutdown_request closes it, whatever happened.
@@ -807,7 +819,13 @@ class _Server(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, peer: Any) -> None:
         """A fault of ours, no memory or no thread left: it ends one connection."""
         with contextlib.suppress(MemoryError):
-            _log.exception("a fault serving %s", peer)
+            self.note(logging.ERROR, "a fault serving %s", peer)
+
+    def note(self, level: int, text: str, *values: object) -> None:
+        """Logs what a peer did, but twenty times a second: none may fill the disk."""
+        self._noted += 1
+        if self._noted <= 10:
+            _log.log(level, text, *values, exc_info=level == logging.ERROR)
 
 
 # Servers and clients: what a forked child closes of its parent's.
@@ -855,14 +873,15 @@ def _same(proof: object, expected: str) -> bool:
 class _Handler(socketserver.BaseRequestHandler):
     server: _Server
     request: FrameSocket
-    _end: float | None = None  # of the time to prove that it knows the secret
+    _end: float | None = None  # until it has proven the secret, by when it must
     _expected = ""  # proof of the client's, once it said hello
     _since = 0.0  # as it said there
-    _readers: _Topic | None = None  # whose readers a put has to answer
+    _woken: _Topic | None = None  # whose readers a put has to answer
     _plain = False  # there are no escapes in the request
 
     def handle(self) -> None:
         limit, soon = self.server.max_clients, time.monotonic() + STALL_SECONDS
+        peer = self.request.peer
         try:
             if self.server.context:  # not before, as the peer may stall in it
                 self.request.start_tls(self.server.context, soon)
@@ -873,7 +892,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 self._end, self.request.max_frame_bytes = soon, 4096
             self._converse()
         except DSMQError as error:
-            _log.warning("closing %s: %s", self.request.peer, error)
+            self.server.note(logging.WARNING, "closing %s: %s", peer, error)
             # Bytes left unread would reset the connection, and the reply might be lost.
             with contextlib.suppress(OSError):  # where possible: the peer may have gone
                 end = time.monotonic() + LINGER_SECONDS
@@ -882,13 +901,13 @@ class _Handler(socketserver.BaseRequestHandler):
                 while self.request.some(RECEIVE_BYTES, end):
                     pass
         except OSError as error:  # vanished, stalled, or does not read
-            _log.info("closing %s: %s", self.request.peer, error)
+            self.server.note(logging.INFO, "closing %s: %s", peer, error)
 
     def _converse(self) -> None:
         while (body := self.request.receive(self._end)) is not None:
             reply = self._answer(body)
             del body  # a long one must not stay while the thread waits for the next
-            readers, self._readers = self._readers, None
+            readers, self._woken = self._woken, None
             # A reader that wakes may take this core, so the putter goes first; but it
             # must not keep them waiting if it does not read.
             if readers and self.request.sending.acquire(blocking=False):
@@ -938,7 +957,8 @@ class _Handler(socketserver.BaseRequestHandler):
     def _authenticate(self, request: _Fields) -> bytes:
         expected = self._expected
         if self._end and not (expected and _same(request.get("proof"), expected)):
-            _log.warning("%s does not know the secret", self.request.peer)
+            text = "%s does not know the secret"
+            self.server.note(logging.WARNING, text, self.request.peer)
             raise AuthenticationError("that proof is wrong")
         self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
@@ -964,7 +984,7 @@ class _Handler(socketserver.BaseRequestHandler):
             number = _integer(request, "sequence")
             settled = _integer(request, "settled", -1 << 63)
             origin = _text(request, "client", 256), number, settled
-        head, self._readers = self.server.store.put(topic, bodies, origin)
+        head, self._woken = self.server.store.put(topic, bodies, origin)
         return encode_frame(b'{"head":%d}' % head)
 
     def _get(self, request: _Fields) -> bytes:
@@ -1100,8 +1120,10 @@ def serve(
     if keyfile is not None and certfile is None:
         raise ValueError("a keyfile needs a certfile")
     limits = {"max_frame_bytes": max_frame_bytes, "max_clients": max_clients}
-    kept = contextlib.closing(MessageStore(float(time_to_live), max_bytes))
-    with contextlib.suppress(KeyboardInterrupt), kept as store:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
+    ):
         context = None if certfile is None else _tls_context(None, certfile, keyfile)
         _Server(host, port, store, secret=secret, context=context, **limits).run()
     _log.info("stopped; goodbye")
@@ -1123,9 +1145,14 @@ def _tls_context(
     return context
 
 
+@cache  # each line is shown once, however often it is asked for
 def _show_log() -> None:
-    """Shows the log on stderr; with the log of the program, if that has one."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    """Shows the log on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # A program with a log of its own shows these lines there.
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    _log.addHandler(handler)
     _log.setLevel(logging.INFO)
 
 
@@ -1227,7 +1254,7 @@ class DSMQClientSideConnection:
         self._server: str | None = None  # whose the cursors are
         self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
-        # Of one reply; for lines that are slow, or break before a long one is through.
+        # Of one reply; less over a line that is slow, or breaks before it is through.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
         self._tidy_at = 100  # cursors
@@ -1247,7 +1274,7 @@ class DSMQClientSideConnection:
         # Reentrant, because a signal handler may use the client, too.
         self._lock = threading.RLock()
         # All (weakly, or one lost to an interrupt in `_call` would stay open), and some
-        # of those not in use: of many threads most call but once.
+        # that are idle: of many threads most call but once.
         self._links: Any = weakref.WeakValueDictionary()  # by name
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
@@ -1312,11 +1339,11 @@ class DSMQClientSideConnection:
         tries = len(socket.getaddrinfo(*place, type=socket.SOCK_STREAM)) + 1
         sock = socket.create_connection(place, seconds / tries)
         link.connection = FrameSocket(sock, MAX_FRAME_BYTES)
-        self._check_usable()  # closed when there was nothing to shut
+        self._check_usable()  # `close` may have come when there was nothing to shut
         if self._tls:
             context = _tls_context(None if self._tls is True else self._tls)
             link.connection.start_tls(context, link.end, self._host)
-            self._check_usable()  # or in the middle of that
+            self._check_usable()  # or while it had TLS put around it
         # JSON knows no infinity.
         hello: _Fields = {"action": "hello", "since": min(self._since, 1e9)}
         hello["nonce"] = self._secret and os.urandom(32).hex()
@@ -1560,7 +1587,7 @@ class DSMQClientSideConnection:
         reply = link.exchange(encode_frame(what, how))
         try:
             ids, texts = reply["ids"], reply["messages"]
-            if time.monotonic() < begun + 1.0:
+            if time.monotonic() < begun + wait + 1.0:
                 self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
             kinds: list[type] = [int] * len(ids) + [str] * len(ids)
             growing = [after, *ids] == sorted({after, *ids})
@@ -1590,7 +1617,7 @@ class DSMQClientSideConnection:
                 link.exchange(encode_object({"action": "shutdown"}))
             except ConnectionError:
                 # The answer may be lost; if so, nobody listens there now.
-                place, seconds = (self._host, self._port), min(self._timeout / 2, 1.0)
+                place, seconds = (self._host, self._port), min(self._timeout / 2, 3.0)
                 with contextlib.suppress(ConnectionRefusedError):
                     socket.create_connection(place, seconds).close()
                     raise
@@ -1725,7 +1752,7 @@ class _RedisConnection(DSMQClientSideConnection):
             return work(link)
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
-            said = f"{type(error).__name__} {error}"
+            said = f"{type(error.__cause__ or error).__name__} {error}"
             wrong = TypeError, AttributeError  # of an option in the URL
             if isinstance(error, wrong) and not link.connection:
                 raise ValueError(f"the URL of the Redis: {error}") from None
@@ -1759,6 +1786,8 @@ class _RedisConnection(DSMQClientSideConnection):
         seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0) + 0.1
         never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
         options: _Fields = {"protocol": 2, "retry": never, "socket_timeout": seconds}
+        # In a cluster the first may be silent.
+        options["socket_connect_timeout"] = seconds / (1 + len(self._nodes))
         if self._url.startswith("rediss:"):
             trusted = None if isinstance(self._tls, bool) else self._tls
             options |= {"ssl_check_hostname": True, "ssl_ca_certs": trusted}

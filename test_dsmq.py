@@ -2183,7 +2183,7 @@ def test_who_lacks_the_secret_is_dropped(
     for _ in range(100):
         thief.ask(action="authenticate", proof="0")
     text = f"{HOST}:{thief.sock.getsockname()[1]} does not know the secret"
-    assert text in caplog.text
+    assert 1 <= caplog.text.count(text) <= 50
     large.sock.sendall(struct.pack(">I", 5000))
     assert large.receive()["code"] == "bad_frame"
     eventually(lambda: server.clients() == 0)
