@@ -989,10 +989,10 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _get(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
-        after, limit = _integer(request, "after"), _integer(request, "limit", 1, 1)
-        store = self.server.store
+        after, store = _integer(request, "after"), self.server.store
         if request["action"] == "get_latest":
             return _messages_reply(store.get_latest(topic, after))
+        limit = _integer(request, "limit", 1, 1)
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
         room = min(_integer(request, "limit_bytes", room), room)
         if seconds := min(_seconds(request, "wait"), MAX_WAIT_SECONDS):
@@ -1988,6 +1988,7 @@ def _watch(*topics: str, as_json: bool = False, **where: Any) -> None:
     count, timeout = where.pop("count", math.inf), where.pop("timeout", math.inf)
     told = where.pop("verbose", sys.stderr and sys.stderr.isatty())
     _check_number("timeout", timeout, 0, math.inf)
+    _check_number("count", count, 1, math.inf)
     if sys.stdout is None:
         raise ValueError("standard output is closed")
     _show_log()  # a lost server is told of

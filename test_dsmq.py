@@ -782,7 +782,7 @@ def test_the_actions_answer_as_told(server: Server, serve: Serve, raw: Raws) -> 
     assert reply == {"messages": ["a"], "ids": [head + 1]}
     reply = peer.ask(**GET | {"after": head + 1}, limit=5)
     assert reply["messages"] == [""] and reply["ids"] == [head + 2]
-    latest = GET | {"action": "get_latest"}
+    latest = GET | {"action": "get_latest", "limit": 0}  # a field it does not have
     for after in (-(2**63), -1, 0, head, head + 1, head + 2, head + 1000, 2**63 - 1):
         there = after < head + 2  # below the head, and not at or above it
         reply = peer.ask(**latest | {"after": after})
@@ -2737,7 +2737,7 @@ ERRORS = [
     ("watch t --port $USED --timeout nan", 1, "timeout must be"),
     ("watch t --port $USED --since nan", 1, "since must be"),
     ("watch '' --port $USED", 1, "a topic"),
-    ("bench --count 0", 1, "count must be"),
+    *((f"{what} --count 0", 1, "count must be") for what in ("bench", "watch t")),
     ("stats --host nowhere.invalid", 1, "dsmq server at nowhere.invalid"),
     ("put t x --timeout 0.2 --port $FREE", 1, "refused"),
     ("--port $FREE shutdown --timeout 0.2", 1, "refused"),
