@@ -65,7 +65,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import count, repeat
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import ssl
@@ -383,18 +383,6 @@ class FrameSocket:
 # --------------------------------------------------------------------- message store
 
 
-class Waiter(NamedTuple):
-    """A reader that waits. Who takes it out of the store (a put, a round, the end of
-    its wait) owes an answer; at its peer's end, the release of `sending`."""
-
-    topic: str
-    after: int
-    limit: int
-    room: int
-    end: float  # of its wait, a monotonic time
-    connection: Any  # the server's, to answer it on
-
-
 class _Topic:
     newest = 0  # id; answers a reader that has everything without SQL
     messages = 0
@@ -451,8 +439,9 @@ class MessageStore:
         self._topics: dict[str, _Topic] = {}  # that have messages
         self._topics_by_key: dict[int, _Topic] = {}
         self._keys = count()
-        # By topic those who wait, in order, and after which id each reads.
-        self._waiters: dict[str, dict[Waiter, int]] = {}
+        # By topic those who wait, in order, and for what: after, limit, room. Whoever
+        # takes one out (a put, a round, the end of its wait) owes it an answer.
+        self._waiters: dict[str, dict[Any, tuple[int, int, int]]] = {}
         # By client, the last to put last: when that expires, what it settled, heads.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
 
@@ -532,9 +521,9 @@ class MessageStore:
                 wait = waiter and not found
                 if wait and (not more or self._rests(self._topics[topic])):
                     # Those for whom there is nothing are at one place, and read once.
-                    newest = self._topics[topic].newest if topic in self._topics else 0
-                    place = after if more or after > self.head else newest
-                    self._waiters.setdefault(topic, {})[waiter] = place
+                    if not more and after <= self.head:
+                        after = getattr(self._topics.get(topic), "newest", 0)
+                    self._waiters.setdefault(topic, {})[waiter] = after, limit, room
                     return []
             if not more:
                 break
@@ -600,14 +589,13 @@ class MessageStore:
             entry.round_due = True  # not if memory ran out
         return rests
 
-    def take_readers(self, entry: _Topic) -> list[tuple[list[Message], list[Waiter]]]:
+    def take_readers(self, entry: _Topic) -> list[tuple[list[Message], list[Any]]]:
         """Readers that are to be answered, no longer waiting, by what they get."""
-        places: dict[tuple[int, int, int], list[Waiter]] = {}  # most are at the same
+        places: dict[tuple[int, int, int], list[Any]] = {}  # most are at the same
         with self._lock:
             entry.round_due, entry.next_round = False, time.monotonic() + 0.002
             waiters = self._waiters.get(entry.name, {})
-            for waiter, after in waiters.items():
-                at = after, waiter.limit, waiter.room
+            for waiter, at in waiters.items():
                 places.setdefault(at, []).append(waiter)
             ready = [(self._read(entry.name, *at), some) for at, some in places.items()]
             # For the others there is nothing: it has expired, or they want later ones.
@@ -617,10 +605,10 @@ class MessageStore:
                 del waiters[waiter]
         return ready
 
-    def end_wait(self, waiter: Waiter) -> bool:
+    def end_wait(self, topic: str, waiter: Any) -> bool:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
-            return self._waiters.get(waiter.topic, {}).pop(waiter, None) is not None
+            return self._waiters.get(topic, {}).pop(waiter, None) is not None
 
     # Expiry and accounts
 
@@ -781,7 +769,7 @@ class _Server(socketserver.ThreadingTCPServer):
             except MemoryError:  # what was put is stored; the reader asks again
                 reply = _NO_MESSAGES
             for waiter in waiters:
-                waiter.connection.answer(reply)
+                waiter.answer(reply)
         now = time.monotonic()
         entry.next_round = now + min(4 * (now - begun), 0.002)
 
@@ -994,38 +982,37 @@ class _Handler(socketserver.BaseRequestHandler):
             return _messages_reply(store.get_latest(topic, after))
         limit = _integer(request, "limit", 1, 1)
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
-        room = min(_integer(request, "limit_bytes", room), room)
+        place = after, limit, min(_integer(request, "limit_bytes", room), room)
         if seconds := min(_seconds(request, "wait"), MAX_WAIT_SECONDS):
-            end = time.monotonic() + seconds
-            return self._wait(Waiter(topic, after, limit, room, end, self.request))
-        return _messages_reply(store.get(topic, after, limit, room))
+            return self._wait(time.monotonic() + seconds, topic, place)
+        return _messages_reply(store.get(topic, *place))
 
-    def _wait(self, waiter: Waiter) -> bytes:
+    def _wait(self, end: float, topic: str, place: tuple[int, int, int]) -> bytes:
         """The reply to a get that waits; empty if whoever took it from the store sends
         it. Awaits the peer's next request, which tells that it came, or its end. So
         this thread need not be woken: with eight readers that is a third faster."""
         frames, store = self.request, self.server.store
         ours = frames.sending.acquire()  # and whoever takes it from the store releases
         try:
-            if messages := store.get(*waiter[:4], waiter):
+            if messages := store.get(topic, *place, frames):
                 return _messages_reply(messages)
             ours = False
             with contextlib.suppress(TimeoutError):
-                frames.unread = frames.unread or frames.some(4096, waiter.end)
+                frames.unread = frames.unread or frames.some(4096, end)
                 if not frames.unread:  # the peer has gone
                     return b""
             # One that asks ahead has to be patient.
-            left = max(waiter.end - time.monotonic(), 0)
+            left = max(end - time.monotonic(), 0)
             if ours := frames.sending.acquire(timeout=left):  # it was answered
                 return b""
         except MemoryError:  # not told, for the reply may be on its way
             raise ConnectionAbortedError("out of memory") from None
         finally:
-            ours = ours or store.end_wait(waiter)
+            ours = ours or store.end_wait(topic, frames)
             if ours:
                 frames.sending.release()
         # Maybe something, if the topic rests as the wait ends.
-        return _messages_reply(store.get(*waiter[:4])) if ours else b""
+        return _messages_reply(store.get(topic, *place)) if ours else b""
 
     def _stats(self, request: _Fields) -> bytes:
         server, stats = self.server, _Fields(version=__version__)
