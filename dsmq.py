@@ -446,8 +446,6 @@ class MessageStore:
         # By client, the last to put last: when that expires, what it settled, heads.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
 
-    # Putting
-
     def put(
         self, topic: str, bodies: list[bytes], origin: Origin | None = None
     ) -> tuple[int, _Topic | None]:
@@ -505,8 +503,6 @@ class MessageStore:
         if not heads[sequence] and sequence <= before:
             raise DSMQError(f"sequence {sequence} was settled before")  # and comes late
         return heads
-
-    # Reading
 
     def get(
         self, topic: str, after: int, limit: int, room: int, waiter: Any = None
@@ -580,8 +576,6 @@ class MessageStore:
             found = bisect.bisect_left(ids, end, key=lambda i: next(ask(sql, (i,)))[0])
             return self._purged + found
 
-    # Readers that wait
-
     def _rests(self, entry: _Topic, crowd: bool = False) -> bool:
         """Whether its readers are answered in its next round, which then is due."""
         rests = crowd or time.monotonic() < entry.next_round
@@ -610,8 +604,6 @@ class MessageStore:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
             return self._waiters.get(topic, {}).pop(waiter, None) is not None
-
-    # Expiry and accounts
 
     def purge(self) -> bool:
         """Frees the oldest expired messages, a step's worth; whether there were any."""
