@@ -1481,14 +1481,6 @@ class DSMQClientSideConnection:
                 return self._take(topic, limit, now) if wanted else []
         return texts
 
-    def _reader(self, topic: str, now: float) -> _Reader:
-        """The topic's, or a new one; without what has expired."""
-        reader = self._cursors.get(topic) or _Reader(self._start)
-        if reader.unread and reader.unread[-1][2] < now:
-            reader.last = reader.unread[-1][0]
-            del reader.unread[:]
-        return reader
-
     # The lock keeps other threads out, but neither a signal handler of this one nor an
     # interrupt. They strike in and after calls and jumps (in Python 3.10 also forward):
     # there is none from where a reader is looked at until it is changed.
@@ -1501,7 +1493,9 @@ class DSMQClientSideConnection:
         taken: list[tuple[int, str, float]] = []
         try:
             with self._lock:
-                reader = self._reader(topic, now)
+                reader = self._cursors.get(topic) or _Reader(self._start)
+                if reader.unread and reader.unread[-1][2] < now:
+                    reader.last, reader.unread[:] = reader.unread[-1][0], []
                 if len(reader.unread) >= least:
                     unread = reader.unread  # the look: a handler may have been here
                     taken = unread[-limit:]
@@ -1546,8 +1540,9 @@ class DSMQClientSideConnection:
         with self._lock:
             if self._server == link.server:  # whose ids these are
                 for topic in [*self._cursors]:
-                    reader = self._reader(topic, now)
-                    if not reader.unread and reader.last <= expired:
+                    self._take(topic, 1, now, MAX_INTEGER)  # only drops
+                    reader = self._cursors.get(topic)
+                    if reader and not reader.unread and reader.last <= expired:
                         self._cursors.pop(topic, None)
                 self._tidy_at = 2 * len(self._cursors) + 100
 
