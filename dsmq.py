@@ -1400,8 +1400,6 @@ class DSMQClientSideConnection:
             said += "; unless told its host, a server listens on 127.0.0.1"
         raise kind(f"{self._engine} at {self._host}:{self._port}: {said}") from error
 
-    # Putting
-
     def put(self, topic: str, msg: str) -> None:
         """Puts `msg` into `topic`; it is stored, and can be read, when this returns.
         Raises QueueFull if the server's memory is used up. After another error, but for
@@ -1434,8 +1432,6 @@ class DSMQClientSideConnection:
         for load in loads:
             self._call(partial(self._store, key, load))
 
-    # Reading
-
     def get(self, topic: str) -> str:
         """The oldest unread message of `topic`, or at once "" if there is none."""
         return (self._some(topic, 0.0) or [""])[0]
@@ -1467,18 +1463,18 @@ class DSMQClientSideConnection:
         # No call to a builtin here: an interrupt may strike as one returns.
         return iter(lambda: (self._some(topic, timeout) or (None,))[0], None)
 
-    def _some(self, topic: str, seconds: float, wanted: int | None = 0) -> list[str]:
-        """The next message, or as many as wanted (None: the newest), or none."""
-        limit, key, now = wanted or 1, b"", time.monotonic()
+    def _some(self, topic: str, seconds: float, wanted: int | None = 1) -> list[str]:
+        """The oldest messages, as many as wanted (None: the newest), or none."""
+        limit, now = wanted or 1, time.monotonic()
         end = now + seconds
         found = wanted is not None and type(topic) is str and topic in self._cursors
         while not (found and (texts := self._take(topic, limit, now, limit))):
-            key, left = key or self._key(topic), max(end - time.monotonic(), 0.0)
-            if not wanted:  # many might expire before they are enough
+            key, left = self._key(topic), max(end - time.monotonic(), 0.0)
+            if limit == 1:  # many might expire before they are enough
                 now = time.monotonic()
             found = self._call(partial(self._fetch, topic, key, left, wanted))
             if not found and time.monotonic() >= end:
-                return self._take(topic, limit, now) if wanted else []
+                return self._take(topic, limit, now) if limit > 1 else []
         return texts
 
     # The lock keeps other threads out, but neither a signal handler of this one nor an
@@ -1516,7 +1512,7 @@ class DSMQClientSideConnection:
         reader, after = self._cursors.get(topic), self._start  # compared below
         if reader:
             after = reader.cursor if wanted is None else reader.last
-            if reader.unread and wanted == 0:  # looked at after `last`, unlocked
+            if reader.unread and wanted == 1:  # looked at after `last`, unlocked
                 return True  # another thread has just read it ahead
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
