@@ -1275,7 +1275,7 @@ class DSMQClientSideConnection:
         self._lock = threading.RLock()
         # All (weakly, or one lost to an interrupt in `_call` would stay open), and some
         # that are idle: of many threads most call but once.
-        self._links: Any = weakref.WeakValueDictionary()  # by name
+        self._links: Any = weakref.WeakValueDictionary()
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
 
@@ -1293,7 +1293,7 @@ class DSMQClientSideConnection:
 
     def __getstate__(self) -> _Fields:
         cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
-        own = {"_lock": None, "_links": None, "_idle": None}  # to be made anew
+        own = {"_lock": None, "_links": None, "_idle": None}
         return self.__dict__ | own | {"_cursors": cursors}
 
     # Reaching the server
@@ -1375,7 +1375,7 @@ class DSMQClientSideConnection:
                 raise ConnectionResetError("the server has been replaced")
             # What is new there is to be read; what was read ahead comes before.
             self._start = head if known is None else min(self._start, begin)
-            for topic, reader in [*self._cursors.items()]:  # a signal handler adds some
+            for topic, reader in [*self._cursors.items()]:  # a handler adds some
                 old = stale is None or stale.get(topic) == reader.last
                 if old and reader.last > begin and self._server == known:
                     for i, (_, text, expires) in enumerate(reader.unread):
@@ -1467,7 +1467,7 @@ class DSMQClientSideConnection:
         """The oldest messages, as many as wanted (None: the newest), or none."""
         limit, now = wanted or 1, time.monotonic()
         end = now + seconds
-        found = wanted is not None and type(topic) is str and topic in self._cursors
+        found = wanted and type(topic) is str and topic in self._cursors
         while not (found and (texts := self._take(topic, limit, now, limit))):
             key, left = self._key(topic), max(end - time.monotonic(), 0.0)
             if limit == 1:  # many might expire before they are enough
@@ -1509,7 +1509,7 @@ class DSMQClientSideConnection:
         if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
-        reader, after = self._cursors.get(topic), self._start  # compared below
+        reader, after = self._cursors.get(topic), self._start
         if reader:
             after = reader.cursor if wanted is None else reader.last
             if reader.unread and wanted == 1:  # looked at after `last`, unlocked
@@ -1534,7 +1534,7 @@ class DSMQClientSideConnection:
         """Forgets what has expired, and cursors with only such before."""
         expired, now = self._expired(link), time.monotonic()
         with self._lock:
-            if self._server == link.server:  # whose ids these are
+            if self._server == link.server:
                 for topic in [*self._cursors]:
                     self._take(topic, 1, now, MAX_INTEGER)  # only drops
                     reader = self._cursors.get(topic)
@@ -1621,7 +1621,7 @@ class DSMQClientSideConnection:
         for reference in self._links.valuerefs():
             if connection := getattr(reference(), "connection", None):
                 connection.shut()
-        self._idle.clear()  # links in no call go with it, and close as they go
+        self._idle.clear()  # links in no call close as they go
 
     def __enter__(self) -> DSMQClientSideConnection:
         return self
