@@ -1536,7 +1536,7 @@ class DSMQClientSideConnection:
         with self._lock:
             if self._server == link.server:
                 for topic in [*self._cursors]:
-                    self._take(topic, 1, now, MAX_INTEGER)  # only drops
+                    self._take(topic, 1, now, MAX_INTEGER)  # only drops the old
                     reader = self._cursors.get(topic)
                     if reader and not reader.unread and reader.last <= expired:
                         self._cursors.pop(topic, None)
