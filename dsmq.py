@@ -1326,7 +1326,7 @@ class DSMQClientSideConnection:
                     time.sleep(min(pause, left / 2))
                     pause = min(2 * pause, 0.25)
         finally:
-            if not link.ready or self.closed:  # by another thread, meanwhile
+            if not link.ready or self.closed:  # by another thread
                 link.drop()
             self._idle.append(link)
 
@@ -1375,7 +1375,7 @@ class DSMQClientSideConnection:
                 raise ConnectionResetError("the server has been replaced")
             # What is new there is to be read; what was read ahead comes before.
             self._start = head if known is None else min(self._start, begin)
-            for topic, reader in [*self._cursors.items()]:  # a handler adds some
+            for topic, reader in [*self._cursors.items()]:  # handlers add some
                 old = stale is None or stale.get(topic) == reader.last
                 if old and reader.last > begin and self._server == known:
                     for i, (_, text, expires) in enumerate(reader.unread):
@@ -1536,7 +1536,7 @@ class DSMQClientSideConnection:
         with self._lock:
             if self._server == link.server:
                 for topic in [*self._cursors]:
-                    self._take(topic, 1, now, MAX_INTEGER)  # only drops the old
+                    self._take(topic, 1, now, MAX_INTEGER)  # drops the old
                     reader = self._cursors.get(topic)
                     if reader and not reader.unread and reader.last <= expired:
                         self._cursors.pop(topic, None)
