@@ -1255,7 +1255,7 @@ class DSMQClientSideConnection:
         self._lock = threading.RLock()
         # All (weakly, or one lost to an interrupt in `_call` would stay open), and some
         # that are idle: of many threads most call but once.
-        self._links: Any = weakref.WeakValueDictionary()  # by name
+        self._links: Any = weakref.WeakValueDictionary()
         self._idle: deque[_Link] = deque(maxlen=16)
         _forked.add(self)
 
@@ -1273,7 +1273,7 @@ class DSMQClientSideConnection:
 
     def __getstate__(self) -> _Fields:
         cursors = {t: _Reader(r.cursor) for t, r in [*self._cursors.items()]}
-        own = {"_lock": None, "_links": None, "_idle": None}  # to be made anew
+        own = {"_lock": None, "_links": None, "_idle": None}
         return self.__dict__ | own | {"_cursors": cursors}
 
     # Reaching the server
@@ -1306,7 +1306,7 @@ class DSMQClientSideConnection:
                     time.sleep(min(pause, left / 2))
                     pause = min(2 * pause, 0.25)
         finally:
-            if not link.ready or self.closed:  # by another thread, meanwhile
+            if not link.ready or self.closed:  # by another thread
                 link.drop()
             self._idle.append(link)
 
@@ -1355,7 +1355,7 @@ class DSMQClientSideConnection:
                 raise ConnectionResetError("the server has been replaced")
             # What is new there is to be read; what was read ahead comes before.
             self._start = head if known is None else min(self._start, begin)
-            for topic, reader in [*self._cursors.items()]:  # a signal handler adds some
+            for topic, reader in [*self._cursors.items()]:  # handlers add some
                 old = stale is None or stale.get(topic) == reader.last
                 if old and reader.last > begin and self._server == known:
                     for i, (_, text, expires) in enumerate(reader.unread):
@@ -1379,8 +1379,6 @@ class DSMQClientSideConnection:
         if kind is ConnectionRefusedError and not here:
             said += "; unless told its host, a server listens on 127.0.0.1"
         raise kind(f"{self._engine} at {self._host}:{self._port}: {said}") from error
-
-    # Putting
 
     def put(self, topic: str, msg: str) -> None:
         """Puts `msg` into `topic`; it is stored, and can be read, when this returns.
@@ -1414,8 +1412,6 @@ class DSMQClientSideConnection:
         for load in loads:
             self._call(partial(self._store, key, load))
 
-    # Reading
-
     def get(self, topic: str) -> str:
         """The oldest unread message of `topic`, or at once "" if there is none."""
         return (self._some(topic, 0.0) or [""])[0]
@@ -1447,27 +1443,19 @@ class DSMQClientSideConnection:
         # No call to a builtin here: an interrupt may strike as one returns.
         return iter(lambda: (self._some(topic, timeout) or (None,))[0], None)
 
-    def _some(self, topic: str, seconds: float, wanted: int | None = 0) -> list[str]:
-        """The next message, or as many as wanted (None: the newest), or none."""
-        limit, key, now = wanted or 1, b"", time.monotonic()
+    def _some(self, topic: str, seconds: float, wanted: int | None = 1) -> list[str]:
+        """The oldest messages, as many as wanted (None: the newest), or none."""
+        limit, now = wanted or 1, time.monotonic()
         end = now + seconds
-        found = wanted is not None and type(topic) is str and topic in self._cursors
+        found = wanted and type(topic) is str and topic in self._cursors
         while not (found and (texts := self._take(topic, limit, now, limit))):
-            key, left = key or self._key(topic), max(end - time.monotonic(), 0.0)
-            if not wanted:  # many might expire before they are enough
+            key, left = self._key(topic), max(end - time.monotonic(), 0.0)
+            if limit == 1:  # many might expire before they are enough
                 now = time.monotonic()
             found = self._call(partial(self._fetch, topic, key, left, wanted))
             if not found and time.monotonic() >= end:
-                return self._take(topic, limit, now) if wanted else []
+                return self._take(topic, limit, now) if limit > 1 else []
         return texts
-
-    def _reader(self, topic: str, now: float) -> _Reader:
-        """The topic's, or a new one; without what has expired."""
-        reader = self._cursors.get(topic) or _Reader(self._start)
-        if reader.unread and reader.unread[-1][2] < now:
-            reader.last = reader.unread[-1][0]
-            del reader.unread[:]
-        return reader
 
     # The lock keeps other threads out, but neither a signal handler of this one nor an
     # interrupt. They strike in and after calls and jumps (in Python 3.10 also forward):
@@ -1481,7 +1469,9 @@ class DSMQClientSideConnection:
         taken: list[tuple[int, str, float]] = []
         try:
             with self._lock:
-                reader = self._reader(topic, now)
+                reader = self._cursors.get(topic) or _Reader(self._start)
+                if reader.unread and reader.unread[-1][2] < now:
+                    reader.last, reader.unread[:] = reader.unread[-1][0], []
                 if len(reader.unread) >= least:
                     unread = reader.unread  # the look: a handler may have been here
                     taken = unread[-limit:]
@@ -1499,10 +1489,10 @@ class DSMQClientSideConnection:
         if there were none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
-        reader, after = self._cursors.get(topic), self._start  # compared below
+        reader, after = self._cursors.get(topic), self._start
         if reader:
             after = reader.cursor if wanted is None else reader.last
-            if reader.unread and wanted == 0:  # looked at after `last`, unlocked
+            if reader.unread and wanted == 1:  # looked at after `last`, unlocked
                 return True  # another thread has just read it ahead
         ids, texts, expires = self._read(link, key, after, wanted, wait)
         if not ids:
@@ -1524,10 +1514,11 @@ class DSMQClientSideConnection:
         """Forgets what has expired, and cursors with only such before."""
         expired, now = self._expired(link), time.monotonic()
         with self._lock:
-            if self._server == link.server:  # whose ids these are
+            if self._server == link.server:
                 for topic in [*self._cursors]:
-                    reader = self._reader(topic, now)
-                    if not reader.unread and reader.last <= expired:
+                    self._take(topic, 1, now, MAX_INTEGER)  # drops the old
+                    reader = self._cursors.get(topic)
+                    if reader and not reader.unread and reader.last <= expired:
                         self._cursors.pop(topic, None)
                 self._tidy_at = 2 * len(self._cursors) + 100
 
@@ -1610,7 +1601,7 @@ class DSMQClientSideConnection:
         for reference in self._links.valuerefs():
             if connection := getattr(reference(), "connection", None):
                 connection.shut()
-        self._idle.clear()  # links in no call go with it, and close as they go
+        self._idle.clear()  # links in no call close as they go
 
     def __enter__(self) -> DSMQClientSideConnection:
         return self
