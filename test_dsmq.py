@@ -1640,6 +1640,32 @@ def test_a_slow_line_is_busy_and_no_call_raises(proxy: Proxy, connect: Connect) 
     assert len(got) == 99
 
 
+def test_a_wait_ends_in_time_though_its_connection_broke(
+    proxy: Proxy, connect: Connect
+) -> None:
+    mq = connect(proxy.port)
+    with within(0.9, 0.6):
+        waiting = begin(mq.get_wait, "t", 0.6)
+        time.sleep(0.4)
+        proxy._accepted[-1].shutdown(socket.SHUT_RDWR)
+        assert waiting() == ""
+
+
+def test_get_many_ends_though_a_topic_does_not(proxy: Proxy, connect: Connect) -> None:
+    mq, writer, ended = connect(proxy.port), connect(), threading.Event()
+    writer.put_many("t", numbers(100))
+    proxy.bytes_per_second = 20_000
+
+    def write() -> None:
+        while not ended.wait(0.002):
+            writer.put("t", "x")
+
+    writing = begin(write)
+    assert begin(mq.get_many, "t", 1_000_000)(5)[:100] == numbers(100)
+    ended.set()
+    writing()
+
+
 def test_a_forgotten_connection_is_made_anew(proxy: Proxy, connect: Connect) -> None:
     calls: list[Call] = [("put", "t", "x"), ("get", "t"), ("get_wait", "u", 0.05)]
     clients, witness = [connect(proxy.port, timeout=1) for _ in calls], connect()
