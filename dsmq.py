@@ -35,8 +35,8 @@ Threads and locks
     answers the readers that wait for a topic's next round (see MessageStore), and each
     long reply to such a one has its own. `MessageStore._lock` guards what is stored,
     and is never held while sending, receiving, encoding or decoding.
-    `FrameSocket.sending` is held while a reply is under way: for a get that waits, from
-    when it is in the store until whoever took it out has sent its reply.
+    Each connection's thread sends on it, but for a get that waits: its reply is sent by
+    whoever takes it out of the store, who then releases `FrameSocket.answered`.
     Client: each call has a connection of its own, so threads do not wait for each
     other; `DSMQClientSideConnection._lock` guards the cursors.
 """
@@ -241,7 +241,7 @@ def _address(address: Any) -> str:
 
 
 class FrameSocket:
-    """A connected socket that carries frames. One thread receives, any may send.
+    """A connected socket that carries frames. One thread receives, one at a time sends.
 
     A call that is not done by `end`, a monotonic time, raises TimeoutError; without it
     a frame may begin at any time, and each part then takes STALL_SECONDS at most.
@@ -250,7 +250,8 @@ class FrameSocket:
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
         self.unread = b""  # came already, for `receive`
-        self.sending = threading.Lock()  # held until a reply is out
+        self.answered = threading.Lock()
+        self.answered.acquire()  # until another thread has sent a reply
         # One and the same under TLS, in whose layer there may be but one thread.
         self._reading, self._writing = threading.Lock(), threading.Lock()
         # Where this tells a send not to wait (not on Windows), the socket blocks, so
@@ -297,12 +298,11 @@ class FrameSocket:
         self._would_wait = ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def send(self, frame: _Bytes, end: float | None = None) -> None:
-        """Sends it all, after what another thread is sending."""
-        with self.sending:
-            while frame := self._push(frame):
-                self._wait(end or time.monotonic() + STALL_SECONDS, write=True)
+        """Sends it all."""
+        while frame and (frame := self.push(frame)):
+            self._wait(end or time.monotonic() + STALL_SECONDS, write=True)
 
-    def _push(self, frame: _Bytes) -> _Bytes:
+    def push(self, frame: _Bytes) -> _Bytes:
         """Sends what the peer takes without waiting; gives the rest."""
         try:
             with self._writing:
@@ -312,17 +312,17 @@ class FrameSocket:
             return frame
 
     def answer(self, frame: _Bytes, wait: bool = False) -> None:
-        """Sends the reply for which `sending` is held, and releases it; from any
-        thread, at once: a long reply, or its rest, has a thread of its own."""
+        """Sends a reply for the thread that receives, and releases `answered`; does not
+        wait: for the rest of a long one there is a thread of its own."""
         try:
-            while frame := self._push(frame):
-                if not wait:
-                    _thread.start_new_thread(self.answer, (frame, True))
-                    return
-                self._wait(time.monotonic() + STALL_SECONDS, write=True)
+            if wait:
+                self.send(frame)
+            elif rest := self.push(frame):
+                _thread.start_new_thread(self.answer, (rest, True))
+                return
         except (OSError, RuntimeError, MemoryError):
             self.shut()  # gone, or no thread: a client asks again
-        self.sending.release()
+        self.answered.release()
 
     def receive(self, end: float | None = None) -> bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
@@ -390,7 +390,7 @@ class FrameSocket:
 
 class Waiter(NamedTuple):
     """A reader that waits. Who takes it out of the store (a put, a round, the end of
-    its wait) owes an answer; at its peer's end, the release of `sending`."""
+    its wait) owes an answer."""
 
     topic: str
     after: int
@@ -540,7 +540,7 @@ class MessageStore:
                     newest = self._topics[topic].newest if topic in self._topics else 0
                     place = after if more or after > self.head else newest
                     self._waiters.setdefault(topic, {})[waiter] = place
-                    return []
+                    return found  # which is empty; a new one might want memory
             if not more:
                 break
             room -= sum([len(body) + ID_BYTES for _, _, body in more])
@@ -810,8 +810,7 @@ class _Server(socketserver.ThreadingTCPServer):
         _thread.start_new_thread(self.process_request_thread, (request, peer))
 
     def shutdown_request(self, request: Any) -> None:
-        request.shut()  # so that nobody goes on sending
-        request.sending.acquire(timeout=1.0)  # or who sends might meet another's socket
+        request.shut()  # for both sides of a fork
         request.close()
         self.connections.discard(request)
 
@@ -910,18 +909,17 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _converse(self) -> None:
         while (body := self.request.receive(self._end)) is not None:
-            reply = self._answer(body)
+            reply: _Bytes = self._answer(body)
             del body  # a long one must not stay while the thread waits for the next
-            readers, self._woken = self._woken, None
-            # A reader that wakes may take this core, so the putter goes first; but it
-            # must not keep them waiting if it does not read.
-            if readers and self.request.sending.acquire(blocking=False):
-                self.request.answer(reply)
-                reply = b""
-            if readers:
-                self.server.answer_readers(readers)
-            if reply:
-                self.request.send(reply)
+            if readers := self._woken:
+                self._woken = None
+                # A reader that wakes may take this core, so the putter goes first; but
+                # it must not keep them waiting if it does not read.
+                try:
+                    reply = self.request.push(reply)
+                finally:
+                    self.server.answer_readers(readers)
+            self.request.send(reply)
             del reply  # nor must this
 
     def _answer(self, body: bytearray) -> bytes:
@@ -1012,27 +1010,24 @@ class _Handler(socketserver.BaseRequestHandler):
         it. Awaits the peer's next request, which tells that it came, or its end. So
         this thread need not be woken: with eight readers that is a third faster."""
         frames, store = self.request, self.server.store
-        ours = frames.sending.acquire()  # and whoever takes it from the store releases
+        if messages := store.get(*waiter[:4], waiter):
+            return _messages_reply(messages)
+        answered = False
         try:
-            if messages := store.get(*waiter[:4], waiter):
-                return _messages_reply(messages)
-            ours = False
             with contextlib.suppress(TimeoutError):
                 frames.unread = frames.unread or frames.some(4096, waiter.end)
                 if not frames.unread:  # the peer has gone
                     return b""
             # One that asks ahead has to be patient.
             left = max(waiter.end - time.monotonic(), 0)
-            if ours := frames.sending.acquire(timeout=left):  # it was answered
-                return b""
+            answered = frames.answered.acquire(timeout=left)
         except MemoryError:  # not told, for the reply may be on its way
             raise ConnectionAbortedError("out of memory") from None
-        finally:
-            ours = ours or store.end_wait(waiter)
-            if ours:
-                frames.sending.release()
+        finally:  # nor may the socket be another's before it is out
+            if not answered and not store.end_wait(waiter):
+                answered = frames.answered.acquire()
         # Maybe something, if the topic rests as the wait ends.
-        return _messages_reply(store.get(*waiter[:4])) if ours else b""
+        return b"" if answered else _messages_reply(store.get(*waiter[:4]))
 
     def _stats(self, request: _Fields) -> bytes:
         server, stats = self.server, _Fields(version=__version__)
@@ -1107,11 +1102,9 @@ def serve(
     if keyfile is not None and certfile is None:
         raise ValueError("a keyfile needs a certfile")
     limits = {"max_frame_bytes": max_frame_bytes, "max_clients": max_clients}
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
-    ):
+    with contextlib.suppress(KeyboardInterrupt):
         context = None if certfile is None else _tls_context(None, certfile, keyfile)
+        store = MessageStore(float(time_to_live), max_bytes)
         _Server(host, port, store, secret=secret, context=context, **limits).run()
     _log.info("stopped; goodbye")
 
