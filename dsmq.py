@@ -131,6 +131,10 @@ class DSMQError(Exception):
 
     code = "stale"  # as a reply tells it; this one, of a put that its client settled
 
+    def __init__(self, text: str = "", code: str = "") -> None:
+        super().__init__(text)
+        self.code = code or self.code
+
 
 class QueueFull(DSMQError):
     """The server's memory limit, `max_bytes`, is reached; nothing was stored."""
@@ -193,7 +197,6 @@ def _check_number(
 # ---------------------------------------------------------------------------- frames
 
 _ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=int).raw_decode  # int refuses NaN and such
 # glibc's malloc gives long blocks back to the system at once, for page faults later,
 # until it has seen a longer one go: 500 kB are put and got in 0.75 and 0.4 ms, not 1.0.
@@ -221,7 +224,7 @@ def encode_frame(*body: bytes) -> bytes:
 
 def encode_object(fields: _Fields) -> bytes:
     """The frame of a JSON object, in ASCII, which carries any text."""
-    return encode_frame(_encode(fields).encode())
+    return encode_frame(json.dumps(fields).encode())
 
 
 def decode_object(body: bytearray) -> _Fields:
@@ -234,10 +237,6 @@ def decode_object(body: bytearray) -> _Fields:
     if not isinstance(value, dict) or end < len(text):
         raise FrameError(f"a frame must be one JSON object, not {_shown(text)}")
     return value
-
-
-def _address(address: Any) -> str:
-    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
 
 
 class FrameSocket:
@@ -261,10 +260,9 @@ class FrameSocket:
         self._sock = sock  # or the TLS around it
         self._fd = sock.fileno()  # of both, also once it is closed
         try:
-            self.peer = _address(sock.getpeername())
             # Who asks for an idle port of this machine again and again may be given
             # that very port, and so be connected to itself.
-            if self.peer == _address(sock.getsockname()):
+            if sock.getpeername() == sock.getsockname():
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there")
             # A small frame must not wait for the last one's acknowledgement.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -727,7 +725,7 @@ class _Server(socketserver.ThreadingTCPServer):
         _forked.add(self)
 
     def run(self) -> None:
-        place = _address(self.server_address)
+        place = "{}:{}".format(*self.server_address)
         _log.info("dsmq %s listening on %s; Ctrl-C stops it", __version__, place)
         if not self.secret and not place.startswith(("127.", "::1")):
             _log.warning("no secret: anyone on the network can read, put and stop it")
@@ -795,8 +793,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         try:
-            frames = FrameSocket(self.socket.accept()[0], self.max_frame_bytes)
-            return frames, frames.peer
+            sock, address = self.socket.accept()
+            return FrameSocket(sock, self.max_frame_bytes), "{}:{}".format(*address)
         except (OSError, MemoryError) as error:
             # Without descriptors or memory do not spin; but of clients that are gone
             # again 300 would hold up all others for seconds.
@@ -885,12 +883,12 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         limit, soon = self.server.max_clients, time.monotonic() + STALL_SECONDS
-        peer = self.request.peer
+        peer = self.client_address
         try:
             if self.server.context:  # not before, as the peer may stall in it
                 self.request.start_tls(self.server.context, soon)
             if len(self.server.connections) > limit:
-                raise _refusal(f"max_clients {limit} is reached", "busy")
+                raise DSMQError(f"max_clients {limit} is reached", "busy")
             if self.server.secret:
                 # Who knows no secret must not keep a thread, or much memory.
                 self._end, self.request.max_frame_bytes = soon, 4096
@@ -928,7 +926,7 @@ class _Handler(socketserver.BaseRequestHandler):
             request, self._plain = decode_object(body), b"\\" not in body
             action = request.get("action")
             if not isinstance(action, str) or action not in self.ACTIONS:
-                raise _refusal(f"no action {_shown(action)}", "unknown_action")
+                raise DSMQError(f"no action {_shown(action)}", "unknown_action")
             if self._end and action not in ("hello", "authenticate"):
                 raise AuthenticationError("this server requires its secret")
             return self.ACTIONS[action](self, request)
@@ -963,7 +961,7 @@ class _Handler(socketserver.BaseRequestHandler):
         expected = self._expected
         if self._end and not (expected and _same(request.get("proof"), expected)):
             text = "%s does not know the secret"
-            self.server.note(logging.WARNING, text, self.request.peer)
+            self.server.note(logging.WARNING, text, self.client_address)
             raise AuthenticationError("that proof is wrong")
         self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
@@ -983,7 +981,7 @@ class _Handler(socketserver.BaseRequestHandler):
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         if (longest := max(map(len, bodies))) > limit:
             text = f"a message of {longest} bytes; the limit is {limit}"
-            raise _refusal(text, "too_large")
+            raise DSMQError(text, "too_large")
         origin = None
         if request.get("client") is not None:
             number = _check_number("sequence", request.get("sequence"))
@@ -1041,7 +1039,7 @@ class _Handler(socketserver.BaseRequestHandler):
         return reply
 
     def _shutdown(self, request: _Fields) -> bytes:
-        _log.info("%s asked the server to stop", self.request.peer)
+        _log.info("%s asked the server to stop", self.client_address)
         self.server.shutdown()
         self.server.socket.close()  # now, for `run` may not have come to it
         return encode_object({})
@@ -1051,12 +1049,6 @@ class _Handler(socketserver.BaseRequestHandler):
         "hello": _hello, "authenticate": _authenticate, "put": _put, "get": _get,
         "get_latest": _get, "stats": _stats, "shutdown": _shutdown,
     }  # fmt: skip
-
-
-def _refusal(text: str, code: str) -> DSMQError:
-    error = DSMQError(text)
-    error.code = code
-    return error
 
 
 def _text(request: _Fields, field: str, most: int) -> str:
@@ -1095,8 +1087,8 @@ def serve(
     # Longer is as good as for ever, and JSON can say it; SQLite takes no longer value.
     _check_number("time_to_live", time_to_live, 0.001, 1e9)
     _check_number("max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, 10**9)
-    _check_number("max_bytes", max_bytes, 1, MAX_INTEGER)
-    _check_number("max_clients", max_clients, 1, MAX_INTEGER)
+    _check_number("max_bytes", max_bytes, 1)
+    _check_number("max_clients", max_clients, 1)
     if verbose:
         _show_log()
     if keyfile is not None and certfile is None:
