@@ -129,7 +129,7 @@ FIRST_READ_AHEAD_BYTES = 1 << 16  # ... and while it is unknown what the line ca
 class DSMQError(Exception):
     """The root of dsmq's own errors: the server refused, for the reason it names."""
 
-    code = "stale"  # as a reply tells it; this one, of a put that its client settled
+    code = "stale"  # as a reply tells it: of a put that its client had settled
 
     def __init__(self, text: str = "", code: str = "") -> None:
         super().__init__(text)
@@ -188,7 +188,7 @@ def _check_number(
         kind = "an int" if whole else "a number"
         raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
     too_large = not whole and sys.float_info.max < value < math.inf  # for a float
-    if too_large or not least <= value <= most:  # as is NaN
+    if too_large or not least <= value <= most:  # NaN is not
         bits = " (64-bit)" if most == MAX_INTEGER else ""
         raise ValueError(f"{name} must be {least} to {most}{bits}, not {_shown(value)}")
     return value
@@ -711,7 +711,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.store = store
         self.name = os.urandom(16).hex()  # no other start has the same
         self.started, self.parent = time.monotonic(), os.getppid()
-        self.stopping = threading.Event()  # set once, by whoever stops the server
+        self.stopping = threading.Event()  # set by whoever stops the server
         self.connections: set[FrameSocket] = set()
         self._noted = 0  # what was logged of peers since the last purge
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -742,7 +742,7 @@ class _Server(socketserver.ThreadingTCPServer):
         for how in (socket.SHUT_RD, socket.SHUT_RDWR):
             for connection in list(self.connections):
                 connection.shut(how)
-            end = time.monotonic() + 0.15  # time to end by themselves
+            end = time.monotonic() + 0.15
             while self.connections and time.monotonic() < end:
                 time.sleep(0.002)
 
@@ -808,7 +808,7 @@ class _Server(socketserver.ThreadingTCPServer):
         _thread.start_new_thread(self.process_request_thread, (request, peer))
 
     def shutdown_request(self, request: Any) -> None:
-        request.shut()  # for both sides of a fork
+        request.shut()  # also for a forked child
         request.close()
         self.connections.discard(request)
 
