@@ -35,8 +35,8 @@ Threads and locks
     answers the readers that wait for a topic's next round (see MessageStore), and each
     long reply to such a one has its own. `MessageStore._lock` guards what is stored,
     and is never held while sending, receiving, encoding or decoding.
-    `FrameSocket.sending` is held while a reply is under way: for a get that waits, from
-    when it is in the store until whoever took it out has sent its reply.
+    Each connection's thread sends on it, but for a get that waits: its reply is sent by
+    whoever takes it out of the store, who then releases `FrameSocket.answered`.
     Client: each call has a connection of its own, so threads do not wait for each
     other; `DSMQClientSideConnection._lock` guards the cursors.
 """
@@ -129,7 +129,11 @@ FIRST_READ_AHEAD_BYTES = 1 << 16  # of one reply, before it is known what a line
 class DSMQError(Exception):
     """The root of dsmq's own errors: the server refused, for the reason it names."""
 
-    code = "stale"  # as a reply tells it; this one, of a put that its client settled
+    code = "stale"  # as a reply tells it: of a put that its client had settled
+
+    def __init__(self, text: str = "", code: str = "") -> None:
+        super().__init__(text)
+        self.code = code or self.code
 
 
 class QueueFull(DSMQError):
@@ -175,20 +179,24 @@ def _check_server(host: object, port: object, secret: object) -> None:
         raise ValueError("secret must be text that UTF-8 can carry")
 
 
-def _check_number(name: str, value: object, least: float, most: float) -> None:
-    whole = isinstance(most, int)  # then it must be whole, too
+def _check_number(
+    name: str, value: Any, least: float = -1 << 63, most: float = MAX_INTEGER
+) -> Any:
+    """The value. It must be whole if `most` is."""
+    whole = isinstance(most, int)
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
         kind = "an int" if whole else "a number"
         raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
-    # NaN fails this, as does an integer too large for a float.
-    if not least <= value <= most or sys.float_info.max < value < math.inf:
-        raise ValueError(f"{name} must be {least} to {most}, not {_shown(value)}")
+    too_large = not whole and sys.float_info.max < value < math.inf  # for a float
+    if too_large or not least <= value <= most:  # NaN is not
+        bits = " (64-bit)" if most == MAX_INTEGER else ""
+        raise ValueError(f"{name} must be {least} to {most}{bits}, not {_shown(value)}")
+    return value
 
 
 # ---------------------------------------------------------------------------- frames
 
 _ESCAPED = b'\n"\\' + bytes(range(32))  # what JSON cannot carry as it is
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder(parse_constant=int).raw_decode  # int refuses NaN and such
 # glibc's malloc gives long blocks back to the system at once, for page faults later,
 # until it has seen a longer one go: 500 kB are put and got in 0.75 and 0.4 ms, not 1.0.
@@ -216,7 +224,7 @@ def encode_frame(*body: bytes) -> bytes:
 
 def encode_object(fields: _Fields) -> bytes:
     """The frame of a JSON object, in ASCII, which carries any text."""
-    return encode_frame(_encode(fields).encode())
+    return encode_frame(json.dumps(fields).encode())
 
 
 def decode_object(body: bytearray) -> _Fields:
@@ -231,12 +239,8 @@ def decode_object(body: bytearray) -> _Fields:
     return value
 
 
-def _address(address: Any) -> str:
-    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
-
-
 class FrameSocket:
-    """A connected socket that carries frames. One thread receives, any may send.
+    """A connected socket that carries frames. One thread receives, one at a time sends.
 
     A call that is not done by `end`, a monotonic time, raises TimeoutError; without it
     a frame may begin at any time, and each part then takes STALL_SECONDS at most.
@@ -245,7 +249,8 @@ class FrameSocket:
     def __init__(self, sock: socket.socket, max_frame_bytes: int) -> None:
         self.max_frame_bytes = max_frame_bytes
         self.unread = b""  # came already, for `receive`
-        self.sending = threading.Lock()  # held until a reply is out
+        self.answered = threading.Lock()
+        self.answered.acquire()  # until another thread has sent a reply
         # One and the same under TLS, in whose layer there may be but one thread.
         self._reading, self._writing = threading.Lock(), threading.Lock()
         # Where this tells a send not to wait (not on Windows), the socket blocks, so
@@ -255,10 +260,9 @@ class FrameSocket:
         self._sock = sock  # or the TLS around it
         self._fd = sock.fileno()  # of both, also once it is closed
         try:
-            self.peer = _address(sock.getpeername())
             # Who asks for an idle port of this machine again and again may be given
             # that very port, and so be connected to itself.
-            if self.peer == _address(sock.getsockname()):
+            if sock.getpeername() == sock.getsockname():
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there")
             # A small frame must not wait for the last one's acknowledgement.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -292,12 +296,11 @@ class FrameSocket:
         self._would_wait = ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def send(self, frame: _Bytes, end: float | None = None) -> None:
-        """Sends it all, after what another thread is sending."""
-        with self.sending:
-            while frame := self._push(frame):
-                self._wait(end or time.monotonic() + STALL_SECONDS, write=True)
+        """Sends it all."""
+        while frame and (frame := self.push(frame)):
+            self._wait(end or time.monotonic() + STALL_SECONDS, write=True)
 
-    def _push(self, frame: _Bytes) -> _Bytes:
+    def push(self, frame: _Bytes) -> _Bytes:
         """Sends what the peer takes without waiting; gives the rest."""
         try:
             with self._writing:
@@ -307,17 +310,17 @@ class FrameSocket:
             return frame
 
     def answer(self, frame: _Bytes, wait: bool = False) -> None:
-        """Sends the reply for which `sending` is held, and releases it; from any
-        thread, at once: a long reply, or its rest, has a thread of its own."""
+        """Sends a reply for the thread that receives, and releases `answered`; does not
+        wait: for the rest of a long one there is a thread of its own."""
         try:
-            while frame := self._push(frame):
-                if not wait:
-                    _thread.start_new_thread(self.answer, (frame, True))
-                    return
-                self._wait(time.monotonic() + STALL_SECONDS, write=True)
+            if wait:
+                self.send(frame)
+            elif rest := self.push(frame):
+                _thread.start_new_thread(self.answer, (rest, True))
+                return
         except (OSError, RuntimeError, MemoryError):
             self.shut()  # gone, or no thread: a client asks again
-        self.sending.release()
+        self.answered.release()
 
     def receive(self, end: float | None = None) -> bytearray | None:
         """The body of the next frame; None if the peer closed after the last one.
@@ -521,7 +524,7 @@ class MessageStore:
                     if not more and after <= self.head:
                         after = getattr(self._topics.get(topic), "newest", 0)
                     self._waiters.setdefault(topic, {})[waiter] = after, limit, room
-                    return []
+                    return found  # which is empty; a new one might want memory
             if not more:
                 break
             room -= sum([len(body) + ID_BYTES for _, _, body in more])
@@ -689,7 +692,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.store = store
         self.name = os.urandom(16).hex()  # no other start has the same
         self.started, self.parent = time.monotonic(), os.getppid()
-        self.stopping = threading.Event()  # set once, by whoever stops the server
+        self.stopping = threading.Event()  # set by whoever stops the server
         self.connections: set[FrameSocket] = set()
         self._noted = 0  # what was logged of peers since the last purge
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -703,7 +706,7 @@ class _Server(socketserver.ThreadingTCPServer):
         _forked.add(self)
 
     def run(self) -> None:
-        place = _address(self.server_address)
+        place = "{}:{}".format(*self.server_address)
         _log.info("dsmq %s listening on %s; Ctrl-C stops it", __version__, place)
         if not self.secret and not place.startswith(("127.", "::1")):
             _log.warning("no secret: anyone on the network can read, put and stop it")
@@ -720,7 +723,7 @@ class _Server(socketserver.ThreadingTCPServer):
         for how in (socket.SHUT_RD, socket.SHUT_RDWR):
             for connection in list(self.connections):
                 connection.shut(how)
-            end = time.monotonic() + 0.15  # time to end by themselves
+            end = time.monotonic() + 0.15
             while self.connections and time.monotonic() < end:
                 time.sleep(0.002)
 
@@ -771,8 +774,8 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         try:
-            frames = FrameSocket(self.socket.accept()[0], self.max_frame_bytes)
-            return frames, frames.peer
+            sock, address = self.socket.accept()
+            return FrameSocket(sock, self.max_frame_bytes), "{}:{}".format(*address)
         except (OSError, MemoryError) as error:
             # Without descriptors or memory do not spin; but of clients that are gone
             # again 300 would hold up all others for seconds.
@@ -786,8 +789,7 @@ class _Server(socketserver.ThreadingTCPServer):
         _thread.start_new_thread(self.process_request_thread, (request, peer))
 
     def shutdown_request(self, request: Any) -> None:
-        request.shut()  # so that nobody goes on sending
-        request.sending.acquire(timeout=1.0)  # or who sends might meet another's socket
+        request.shut()  # also for a forked child
         request.close()
         self.connections.discard(request)
 
@@ -862,12 +864,12 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         limit, soon = self.server.max_clients, time.monotonic() + STALL_SECONDS
-        peer = self.request.peer
+        peer = self.client_address
         try:
             if self.server.context:  # not before, as the peer may stall in it
                 self.request.start_tls(self.server.context, soon)
             if len(self.server.connections) > limit:
-                raise _refusal(f"max_clients {limit} is reached", "busy")
+                raise DSMQError(f"max_clients {limit} is reached", "busy")
             if self.server.secret:
                 # Who knows no secret must not keep a thread, or much memory.
                 self._end, self.request.max_frame_bytes = soon, 4096
@@ -886,18 +888,17 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _converse(self) -> None:
         while (body := self.request.receive(self._end)) is not None:
-            reply = self._answer(body)
+            reply: _Bytes = self._answer(body)
             del body  # a long one must not stay while the thread waits for the next
-            readers, self._woken = self._woken, None
-            # A reader that wakes may take this core, so the putter goes first; but it
-            # must not keep them waiting if it does not read.
-            if readers and self.request.sending.acquire(blocking=False):
-                self.request.answer(reply)
-                reply = b""
-            if readers:
-                self.server.answer_readers(readers)
-            if reply:
-                self.request.send(reply)
+            if readers := self._woken:
+                self._woken = None
+                # A reader that wakes may take this core, so the putter goes first; but
+                # it must not keep them waiting if it does not read.
+                try:
+                    reply = self.request.push(reply)
+                finally:
+                    self.server.answer_readers(readers)
+            self.request.send(reply)
             del reply  # nor must this
 
     def _answer(self, body: bytearray) -> bytes:
@@ -906,21 +907,23 @@ class _Handler(socketserver.BaseRequestHandler):
             request, self._plain = decode_object(body), b"\\" not in body
             action = request.get("action")
             if not isinstance(action, str) or action not in self.ACTIONS:
-                raise _refusal(f"no action {_shown(action)}", "unknown_action")
+                raise DSMQError(f"no action {_shown(action)}", "unknown_action")
             if self._end and action not in ("hello", "authenticate"):
                 raise AuthenticationError("this server requires its secret")
             return self.ACTIONS[action](self, request)
         except FrameError:  # ends the connection
             raise
-        except (DSMQError, ValueError) as error:
+        except (DSMQError, TypeError, ValueError) as error:
             return _error_reply(error)
         except MemoryError:
             return _error_reply(QueueFull("out of memory"))
 
     def _hello(self, request: _Fields) -> bytes:
-        if (protocol := _integer(request, "protocol", PROTOCOL)) != PROTOCOL:
+        protocol = _check_number("protocol", request.get("protocol", PROTOCOL))
+        if protocol != PROTOCOL:
             raise ValueError(f"protocol is {PROTOCOL}, not {protocol}")
-        self._since, server = _seconds(request, "since"), self.server
+        since, server = request.get("since", 0), self.server
+        self._since = _check_number("since", since, 0, sys.float_info.max)
         reply: _Fields = {"protocol": PROTOCOL, "server": server.name}
         reply["max_frame_bytes"] = server.max_frame_bytes
         reply["time_to_live"] = server.store.time_to_live
@@ -939,7 +942,7 @@ class _Handler(socketserver.BaseRequestHandler):
         expected = self._expected
         if self._end and not (expected and _same(request.get("proof"), expected)):
             text = "%s does not know the secret"
-            self.server.note(logging.WARNING, text, self.request.peer)
+            self.server.note(logging.WARNING, text, self.client_address)
             raise AuthenticationError("that proof is wrong")
         self._end = None
         self.request.max_frame_bytes = self.server.max_frame_bytes
@@ -959,25 +962,27 @@ class _Handler(socketserver.BaseRequestHandler):
         limit = self.server.max_frame_bytes - ENVELOPE_BYTES
         if (longest := max(map(len, bodies))) > limit:
             text = f"a message of {longest} bytes; the limit is {limit}"
-            raise _refusal(text, "too_large")
+            raise DSMQError(text, "too_large")
         origin = None
         if request.get("client") is not None:
-            number = _integer(request, "sequence")
-            settled = _integer(request, "settled", -1 << 63)
+            number = _check_number("sequence", request.get("sequence"))
+            settled = _check_number("settled", request.get("settled", -1 << 63))
             origin = _text(request, "client", 256), number, settled
         head, self._woken = self.server.store.put(topic, bodies, origin)
         return encode_frame(b'{"head":%d}' % head)
 
     def _get(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
-        after, store = _integer(request, "after"), self.server.store
+        after, store = _check_number("after", request.get("after")), self.server.store
         if request["action"] == "get_latest":
             return _messages_reply(store.get_latest(topic, after))
-        limit = _integer(request, "limit", 1, 1)
+        limit = _check_number("limit", request.get("limit", 1), 1)
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
-        place = after, limit, min(_integer(request, "limit_bytes", room), room)
-        if seconds := min(_seconds(request, "wait"), MAX_WAIT_SECONDS):
-            return self._wait(time.monotonic() + seconds, topic, place)
+        room = min(_check_number("limit_bytes", request.get("limit_bytes", room)), room)
+        place = after, limit, room
+        if wait := _check_number("wait", request.get("wait", 0), 0, sys.float_info.max):
+            end = time.monotonic() + min(wait, MAX_WAIT_SECONDS)
+            return self._wait(end, topic, place)
         return _messages_reply(store.get(topic, *place))
 
     def _wait(self, end: float, topic: str, place: Place) -> bytes:
@@ -985,27 +990,24 @@ class _Handler(socketserver.BaseRequestHandler):
         it. Awaits the peer's next request, which tells that it came, or its end. So
         this thread need not be woken: with eight readers that is a third faster."""
         frames, store = self.request, self.server.store
-        ours = frames.sending.acquire()  # and whoever takes it from the store releases
+        if messages := store.get(topic, *place, frames):
+            return _messages_reply(messages)
+        answered = False
         try:
-            if messages := store.get(topic, *place, frames):
-                return _messages_reply(messages)
-            ours = False
             with contextlib.suppress(TimeoutError):
                 frames.unread = frames.unread or frames.some(4096, end)
                 if not frames.unread:  # the peer has gone
                     return b""
             # One that asks ahead has to be patient.
             left = max(end - time.monotonic(), 0)
-            if ours := frames.sending.acquire(timeout=left):  # it was answered
-                return b""
+            answered = frames.answered.acquire(timeout=left)
         except MemoryError:  # not told, for the reply may be on its way
             raise ConnectionAbortedError("out of memory") from None
-        finally:
-            ours = ours or store.end_wait(topic, frames)
-            if ours:
-                frames.sending.release()
+        finally:  # nor may the socket be another's before it is out
+            if not answered and not store.end_wait(topic, frames):
+                answered = frames.answered.acquire()
         # Maybe something, if the topic rests as the wait ends.
-        return _messages_reply(store.get(topic, *place)) if ours else b""
+        return b"" if answered else _messages_reply(store.get(topic, *place))
 
     def _stats(self, request: _Fields) -> bytes:
         server, stats = self.server, _Fields(version=__version__)
@@ -1019,7 +1021,7 @@ class _Handler(socketserver.BaseRequestHandler):
         return reply
 
     def _shutdown(self, request: _Fields) -> bytes:
-        _log.info("%s asked the server to stop", self.request.peer)
+        _log.info("%s asked the server to stop", self.client_address)
         self.server.shutdown()
         self.server.socket.close()  # now, for `run` may not have come to it
         return encode_object({})
@@ -1031,15 +1033,6 @@ class _Handler(socketserver.BaseRequestHandler):
     }  # fmt: skip
 
 
-def _refusal(text: str, code: str) -> DSMQError:
-    error = DSMQError(text)
-    error.code = code
-    return error
-
-
-# What a field of a request must be. Each raises ValueError, naming field and value.
-
-
 def _text(request: _Fields, field: str, most: int) -> str:
     value = request.get(field)
     if not isinstance(value, str) or not 1 <= len(value) <= most:
@@ -1047,23 +1040,6 @@ def _text(request: _Fields, field: str, most: int) -> str:
         raise ValueError(f"{text}, not {_shown(value)}")
     value.encode()  # fails for a lone surrogate
     return value
-
-
-def _integer(
-    request: _Fields, field: str, absent: int | None = None, least: int = -1 << 63
-) -> int:
-    value = request.get(field, absent)
-    if type(value) is not int or not least <= value <= MAX_INTEGER:
-        text = f"{field} must be a 64-bit integer, at least {least}"
-        raise ValueError(f"{text}, not {_shown(value)}")
-    return value
-
-
-def _seconds(request: _Fields, field: str) -> float:
-    value = request.get(field, 0)
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{field} must be seconds, 0 or more, not {_shown(value)}")
-    return float(min(value, 1e9))
 
 
 def serve(
@@ -1093,18 +1069,16 @@ def serve(
     # Longer is as good as for ever, and JSON can say it; SQLite takes no longer value.
     _check_number("time_to_live", time_to_live, 0.001, 1e9)
     _check_number("max_frame_bytes", max_frame_bytes, MIN_FRAME_BYTES, 10**9)
-    _check_number("max_bytes", max_bytes, 1, MAX_INTEGER)
-    _check_number("max_clients", max_clients, 1, MAX_INTEGER)
+    _check_number("max_bytes", max_bytes, 1)
+    _check_number("max_clients", max_clients, 1)
     if verbose:
         _show_log()
     if keyfile is not None and certfile is None:
         raise ValueError("a keyfile needs a certfile")
     limits = {"max_frame_bytes": max_frame_bytes, "max_clients": max_clients}
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        contextlib.closing(MessageStore(float(time_to_live), max_bytes)) as store,
-    ):
+    with contextlib.suppress(KeyboardInterrupt):
         context = None if certfile is None else _tls_context(None, certfile, keyfile)
+        store = MessageStore(float(time_to_live), max_bytes)
         _Server(host, port, store, secret=secret, context=context, **limits).run()
     _log.info("stopped; goodbye")
 
