@@ -33,7 +33,7 @@ Wire protocol, version 1
 Threads and locks
     Server: one thread accepts, one serves each connection, one is the timer, one
     answers the readers that wait for a topic's next round (see MessageStore), and each
-    long reply to such a one has its own. `MessageStore._lock` guards what is stored,
+    long reply to one of those has its own. `MessageStore._lock` guards what is stored,
     and is never held while sending, receiving, encoding or decoding.
     Each connection's thread sends on it, but for a get that waits: its reply is sent by
     whoever takes it out of the store, who then releases `FrameSocket.answered`.
@@ -251,7 +251,7 @@ class FrameSocket:
         self.unread = b""  # came already, for `receive`
         self.answered = threading.Lock()
         self.answered.acquire()  # until another thread has sent a reply
-        # One and the same under TLS, in whose layer there may be but one thread.
+        # `start_tls` makes them one: there may be but one thread in OpenSSL.
         self._reading, self._writing = threading.Lock(), threading.Lock()
         # Where this tells a send not to wait (not on Windows), the socket blocks, so
         # that a server waits for a request in the system call that receives it.
@@ -327,7 +327,7 @@ class FrameSocket:
         Raises FrameError if it is too long, ConnectionError if it breaks off."""
         data = bytearray(self.unread)
         while True:
-            total = 4 + int.from_bytes(data[:4], "big")  # less, if some are missing
+            total = 4 + int.from_bytes(data[:4], "big")  # too low until 4 have come
             if total - 4 > (limit := self.max_frame_bytes):
                 text = f"a frame of {total - 4} bytes, but the limit is {limit}"
                 raise FrameError(f"{text}; it begins {_shown(bytes(data[:16]))}")
@@ -389,7 +389,7 @@ class FrameSocket:
 class _Topic:
     newest = 0  # id; answers a reader that has everything without SQL
     messages = 0
-    next_round = 0.0  # before this time its waiters are not answered again
+    rests_until = 0.0  # before this time its waiters are not answered again
     round_due = False  # it is in `rounds`
 
     def __init__(self, name: str, key: int) -> None:
@@ -399,7 +399,7 @@ class _Topic:
 
 Message = tuple[int, float, bytes]  # id, when it expires, body
 Place = tuple[int, int, int]  # of a reader: after which id, limit, room
-# Of a put: the client's name, its number, and up to which number no more shall come.
+# Of a put: client, sequence, and up to which sequence none shall come any more.
 Origin = tuple[str, int, int]
 
 
@@ -446,7 +446,8 @@ class MessageStore:
         # By topic those who wait, in order. Whoever takes one out (a put, a round, the
         # end of its wait) owes it an answer.
         self._waiters: dict[str, dict[Any, Place]] = {}
-        # By client, the last to put last: when that expires, what it settled, heads.
+        # By client, the last to put at the end: when that put is forgotten, up to which
+        # sequence none shall come any more, and the heads by sequence.
         self._recent: dict[str, tuple[float, int, dict[int, int]]] = {}
 
     def put(
@@ -469,20 +470,20 @@ class MessageStore:
                 text = f"{self._bytes} of max_bytes {self.max_bytes} are in use"
                 raise QueueFull(f"no room for {cost} bytes: {text}")
             waiters = self._waiters.get(topic, ())
-            # Each costs the putter 20 us: with 32 a stream would be a quarter slower.
-            wakes = waiters and not self._rests(entry, len(waiters) > 8)
+            # Each costs the putter 20 us, so for more than eight there is a round.
+            owed = waiters and not self._defer(entry, len(waiters) > 8)
             rows = [*zip(count(first), repeat(entry.key), repeat(expires), bodies)]
             if len(rows) + len(self._young) > 32 or cost > 4096:
                 self._insert(rows)
             else:
                 self._young += rows
-            self.head += len(bodies)  # if memory runs out after this, they are nobody's
+            self.head += len(bodies)  # out of memory after this: rows without a topic
             self._topics_by_key[entry.key] = self._topics[topic] = entry
             entry.newest, entry.messages = self.head, entry.messages + len(bodies)
             entry.bytes, self._bytes = entry.bytes + cost, used + cost
             if origin:
                 heads[origin[1]] = self.head
-            return self.head, entry if wakes else None
+            return self.head, entry if owed else None
 
     def _insert(self, rows: list[Any]) -> None:
         """Writes the young rows and these to the database, all or none."""
@@ -500,7 +501,7 @@ class MessageStore:
         # Bounded, whatever clients do: 10,000 of them, 64 puts of each.
         if len(self._recent) > 10_000:
             del self._recent[next(iter(self._recent))]
-        heads.setdefault(sequence, 0)  # now, for once it is stored it must not fail
+        heads.setdefault(sequence, 0)  # now, for nothing may fail after the storing
         if len(heads) > 64:
             del heads[next(iter(heads))]
         if not heads[sequence] and sequence <= before:
@@ -519,8 +520,8 @@ class MessageStore:
             with self._lock:
                 more = self._read(topic, after, limit - len(found), room)
                 wait = waiter and not found
-                if wait and (not more or self._rests(self._topics[topic])):
-                    # Those for whom there is nothing are at one place, and read once.
+                if wait and (not more or self._defer(self._topics[topic])):
+                    # All who have everything read on from one id, so one read serves.
                     if not more and after <= self.head:
                         after = getattr(self._topics.get(topic), "newest", 0)
                     self._waiters.setdefault(topic, {})[waiter] = after, limit, room
@@ -568,7 +569,7 @@ class MessageStore:
         return found
 
     def head_before(self, seconds: float) -> int:
-        """The newest id put longer ago than that, by bisection; with 0 of all."""
+        """The newest id put longer ago, by bisection; 0 seconds: the newest of all."""
         with self._lock:
             if not seconds or self._closed:
                 return self.head
@@ -579,19 +580,19 @@ class MessageStore:
             found = bisect.bisect_left(ids, end, key=lambda i: next(ask(sql, (i,)))[0])
             return self._purged + found
 
-    def _rests(self, entry: _Topic, crowd: bool = False) -> bool:
-        """Whether its readers are answered in its next round, which then is due."""
-        rests = crowd or time.monotonic() < entry.next_round
-        if rests and not entry.round_due:
+    def _defer(self, entry: _Topic, crowd: bool = False) -> bool:
+        """Whether a round is to answer its readers; if so, sees that there is one."""
+        later = crowd or time.monotonic() < entry.rests_until
+        if later and not entry.round_due:
             self.rounds.put(entry)
             entry.round_due = True  # not if memory ran out
-        return rests
+        return later
 
     def take_readers(self, entry: _Topic) -> list[tuple[list[Message], list[Any]]]:
         """Readers that are to be answered, no longer waiting, by what they get."""
         places: dict[Place, list[Any]] = {}  # most are at the same
         with self._lock:
-            entry.round_due, entry.next_round = False, time.monotonic() + 0.002
+            entry.round_due, entry.rests_until = False, time.monotonic() + 0.002
             waiters = self._waiters.get(entry.name, {})
             for waiter, place in waiters.items():
                 places.setdefault(place, []).append(waiter)
@@ -640,8 +641,8 @@ class MessageStore:
                 del self._recent[next(iter(self._recent))]
             free_pages = self._db.execute("PRAGMA freelist_count").fetchone()[0]
             if free_pages > 4096 and self._bytes <= STEP_BYTES:
-                # Milliseconds. Both are needed: of 231 MB they leave 16, one over 210,
-                # as glibc keeps what threads other than the first have freed.
+                # Takes milliseconds. Of 231 MB either alone leaves 210, both 16: glibc
+                # keeps what threads other than the first have freed.
                 self._db.execute("VACUUM")
                 with contextlib.suppress(ImportError, OSError, AttributeError):
                     import ctypes
@@ -711,7 +712,7 @@ class _Server(socketserver.ThreadingTCPServer):
         if not self.secret and not place.startswith(("127.", "::1")):
             _log.warning("no secret: anyone on the network can read, put and stop it")
         with self:
-            for job in (self._purge, self._hold_rounds):
+            for job in (self._purge, self._run_rounds):
                 _thread.start_new_thread(self._repeat, (job,))
             self.serve_forever(POLL_SECONDS)
 
@@ -745,15 +746,15 @@ class _Server(socketserver.ThreadingTCPServer):
         self.store.tidy()
         started_by = sys.modules.get("multiprocessing")
         parent = started_by and started_by.parent_process()
-        # The number tells more while the parent's other children live.
+        # A child that the parent forked keeps `is_alive` true: so the number, too.
         if parent and (os.getppid() != self.parent or not parent.is_alive()):
             _log.warning("stopping: the process that started this one has ended")
             self.shutdown()
 
-    def _hold_rounds(self) -> None:
+    def _run_rounds(self) -> None:
         """Answers the readers who wait for their topic's next round."""
         while entry := self.store.rounds.get():
-            time.sleep(max(entry.next_round - time.monotonic(), 0))
+            time.sleep(max(entry.rests_until - time.monotonic(), 0))
             self.answer_readers(entry)
 
     def answer_readers(self, entry: _Topic) -> None:
@@ -767,7 +768,7 @@ class _Server(socketserver.ThreadingTCPServer):
             for waiter in waiters:
                 waiter.answer(reply)
         now = time.monotonic()
-        entry.next_round = now + min(4 * (now - begun), 0.002)
+        entry.rests_until = now + min(4 * (now - begun), 0.002)
 
     # A connection's way: get_request accepts it, process_request starts its thread,
     # in which _Handler serves it, and shutdown_request closes it, whatever happened.
@@ -777,8 +778,8 @@ class _Server(socketserver.ThreadingTCPServer):
             sock, address = self.socket.accept()
             return FrameSocket(sock, self.max_frame_bytes), "{}:{}".format(*address)
         except (OSError, MemoryError) as error:
-            # Without descriptors or memory do not spin; but of clients that are gone
-            # again 300 would hold up all others for seconds.
+            # Without descriptors or memory do not spin; but do not sleep for clients
+            # that are gone again: 300 would hold up all others for seconds.
             if getattr(error, "errno", 0) not in (errno.ENOTCONN, errno.EINVAL):
                 time.sleep(POLL_SECONDS)
             raise OSError from None  # socketserver goes on with the next
@@ -859,7 +860,7 @@ class _Handler(socketserver.BaseRequestHandler):
     _end: float | None = None  # until it has proven the secret, by when it must
     _expected = ""  # proof of the client's, once it said hello
     _since = 0.0  # as it said there
-    _woken: _Topic | None = None  # whose readers a put has to answer
+    _owed: _Topic | None = None  # whose readers a put is to answer
     _plain = False  # there are no escapes in the request
 
     def handle(self) -> None:
@@ -890,14 +891,14 @@ class _Handler(socketserver.BaseRequestHandler):
         while (body := self.request.receive(self._end)) is not None:
             reply: _Bytes = self._answer(body)
             del body  # a long one must not stay while the thread waits for the next
-            if readers := self._woken:
-                self._woken = None
+            if entry := self._owed:
+                self._owed = None
                 # A reader that wakes may take this core, so the putter goes first; but
-                # it must not keep them waiting if it does not read.
+                # readers do not wait for one that does not read.
                 try:
                     reply = self.request.push(reply)
                 finally:
-                    self.server.answer_readers(readers)
+                    self.server.answer_readers(entry)
             self.request.send(reply)
             del reply  # nor must this
 
@@ -968,7 +969,7 @@ class _Handler(socketserver.BaseRequestHandler):
             number = _check_number("sequence", request.get("sequence"))
             settled = _check_number("settled", request.get("settled", -1 << 63))
             origin = _text(request, "client", 256), number, settled
-        head, self._woken = self.server.store.put(topic, bodies, origin)
+        head, self._owed = self.server.store.put(topic, bodies, origin)
         return encode_frame(b'{"head":%d}' % head)
 
     def _get(self, request: _Fields) -> bytes:
@@ -987,8 +988,8 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _wait(self, end: float, topic: str, place: Place) -> bytes:
         """The reply to a get that waits; empty if whoever took it from the store sends
-        it. Awaits the peer's next request, which tells that it came, or its end. So
-        this thread need not be woken: with eight readers that is a third faster."""
+        it. This thread learns of that by the peer's next request or end, so it need not
+        be woken: with eight readers that is a third faster."""
         frames, store = self.request, self.server.store
         if messages := store.get(topic, *place, frames):
             return _messages_reply(messages)
@@ -998,7 +999,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 frames.unread = frames.unread or frames.some(4096, end)
                 if not frames.unread:  # the peer has gone
                     return b""
-            # One that asks ahead has to be patient.
+            # Its next request came, maybe too early: the answer is still awaited.
             left = max(end - time.monotonic(), 0)
             answered = frames.answered.acquire(timeout=left)
         except MemoryError:  # not told, for the reply may be on its way
@@ -1120,14 +1121,14 @@ _EXCEPTIONS: dict[str, type[Exception]] = {
 
 
 class _Link:
-    """One of a client's connections, used by one call at a time. By its name and the
-    number of its calls the server knows a put that is sent again on a new one."""
+    """One of a client's connections, used by one call at a time. By its name (`client`
+    in a put) and the number of its calls the server knows a put that is sent again."""
 
     sequence = 0
     end = 0.0  # monotonic time at which a reply is given up
     connection: Any = None  # a FrameSocket, or what another engine dials
     server = ""  # its name
-    # False until the reply is in: after an interrupt no later request shall meet it.
+    # False while a reply is to come: after an interrupt no later request may meet it.
     ready = False
 
     def __init__(self) -> None:
@@ -1262,7 +1263,7 @@ class DSMQClientSideConnection:
             link = _Link()
             self._links[link.name] = link
         link.sequence += 1  # for all tries, so a put is known again
-        # One forgotten on the way (by a NAT, in a suspend) leaves half for a new one.
+        # A connection lost unnoticed (a NAT, a suspend) leaves half for a new one.
         link.end = begun + min(self._timeout / 2, 60.0)
         try:
             while True:
@@ -1321,9 +1322,9 @@ class DSMQClientSideConnection:
     def _note_server(
         self, known: str | None, name: str, head: int, begin: int = 0, stale: Any = None
     ) -> None:
-        """Takes in a server's name, where `known` was expected. If it has another, ids
-        above `begin` mean nothing to it, or only what `stale` has as cursors: reading
-        goes on from `begin`."""
+        """Takes in a server's name, where `known` was expected. To another server ids
+        above `begin` mean nothing (or only those in `stale`, cursors by topic): reading
+        goes on from there."""
         with self._lock:
             if self._server == name:
                 return
@@ -1548,7 +1549,7 @@ class DSMQClientSideConnection:
         raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
 
     def _expired(self, link: _Link) -> int:
-        """An id up to which all has been purged, by the server: none is 1e9 s old."""
+        """An id up to which all has been purged: the newest put 1e9 s ago, so none."""
         request = encode_object({"action": "hello", "since": 1e9})
         return int(link.exchange(request, "head")["head"])
 
