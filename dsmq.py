@@ -1722,8 +1722,7 @@ class _RedisConnection(DSMQClientSideConnection):
     _encode = staticmethod(str.encode)
     _message_bytes = 72  # that one takes in a request beside its text, at most
     _nodes: tuple[tuple[str, int], ...] = ()  # of a cluster, as last heard of
-    _looked = 0.0  # when its clock was seen
-    _lead = 0.0  # of what has expired by that clock over ours
+    _looked = _lead = 0.0  # when its clock was seen; what expires by it, less our time
 
     def __init__(
         self, url: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
@@ -1761,10 +1760,9 @@ class _RedisConnection(DSMQClientSideConnection):
             if cause is error or (isinstance(cause, OSError) and cause is not before):
                 raise cause from None
             said = f"{type(error.__cause__ or error).__name__} {error}"
-            kind = next(
-                k for words, k in _REDIS_ERRORS.items() if re.search(words, said)
-            )
-            raise kind(said) from None
+            for words, kind in _REDIS_ERRORS.items():
+                if re.search(words, said):
+                    raise kind(said) from None
         link.ready = True
 
     def _dial(self, link: _Link) -> None:
@@ -1777,8 +1775,7 @@ class _RedisConnection(DSMQClientSideConnection):
         # Half of the time, so that a connection forgotten on the way is made anew; and
         # ten times a second Redis looks for waits that are over.
         seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0) + 0.1
-        never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
-        options: _Fields = {"protocol": 2, "retry": never, "socket_timeout": seconds}
+        options: _Fields = {"protocol": 2, "socket_timeout": seconds}
         # In a cluster the first may be silent.
         options["socket_connect_timeout"] = seconds / (1 + len(self._nodes))
         if self._url.startswith("rediss:"):
@@ -1800,7 +1797,7 @@ class _RedisConnection(DSMQClientSideConnection):
             if info.get("cluster_enabled"):
                 self._nodes = ((self._host, self._port),)
                 raise ConnectionResetError("it is a cluster, as the next try knows")
-            link.server = info.get("run_id", "")
+            link.connection.run = info.get("run_id", "")
         self._look(link)
 
     def _look(self, link: _Link) -> None:
@@ -1837,8 +1834,7 @@ class _RedisConnection(DSMQClientSideConnection):
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
         keys = key, key + link.name, *(() if self._nodes else ["dsmq:head"])
-        run = link.server.partition(" ")[0]
-        rest = link.sequence, int(TIME_TO_LIVE_SECONDS), run, *load
+        rest = link.sequence, int(TIME_TO_LIVE_SECONDS), link.connection.run, *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
