@@ -1675,8 +1675,8 @@ _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 # A topic's messages are in a stream {dsmq:topic}, with ids of milliseconds and a
 # number; the number of a client's last put is, while they live, in {dsmq:topic}client.
 # On a single server dsmq:head is the newest id of all topics, for the clock may step
-# back, and topics share a millisecond; then the run of the server, another one after a
-# restart, and from which id on that has put, which is another one if all was lost.
+# back, and topics share a millisecond; behind it stand the run of the server, another
+# one after a restart, from which id on that has put (0-0 if all was lost), since when.
 #
 # This stores messages, all or none. ARGV: the put's number (one below the last comes
 # late, on a connection given up), the time to live, the run, the messages. Without any
@@ -1685,13 +1685,13 @@ _REDIS_PUT = """
 if tonumber(redis.call('GET', KEYS[2]) or 0) >= tonumber(ARGV[1]) then return end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local head, run = now .. '-0', 'cluster 0-0'
+local head, run = now .. '-0', 'cluster 0-0 0'
 if KEYS[3] then
-    head, run = string.match(redis.call('GET', KEYS[3]) or head, '(%S+) ?(.*)')
+    local known = redis.call('GET', KEYS[3]) or '0-0'
+    head, run = string.match(known .. ' none 0-0 0', '(%S+) (%S+ %S+ %S+)')
     if string.find(run, ARGV[3], 1, true) ~= 1 then
-        run = ARGV[3] .. ' ' .. head
-        local set = redis.pcall('SET', KEYS[3], head .. ' ' .. run)
-        if set.err then run = ARGV[3] .. ' 0-0' end
+        local new = ARGV[3] .. ' ' .. head .. ' ' .. now
+        if redis.pcall('SET', KEYS[3], head .. ' ' .. new).ok then run = new end
     end
 end
 if #ARGV == 3 then return {now, head, run} end
@@ -1706,7 +1706,7 @@ redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
-# What an error becomes, by its kind or what Redis says. Of the rest most pass.
+# What an error becomes, by its kind or what Redis says; for some pass, as do others.
 _REDIS_ERRORS: dict[str, type[Exception]] = {
     r"OutOfMemory|\bOOM\b": QueueFull, "^Authentication": AuthenticationError,
     "BUSY|READONLY|UNBLOCKED": ConnectionError, "^InvalidResponse": FrameError,
@@ -1722,7 +1722,7 @@ class _RedisConnection(DSMQClientSideConnection):
     _encode = staticmethod(str.encode)
     _message_bytes = 72  # that one takes in a request beside its text, at most
     _nodes: tuple[tuple[str, int], ...] = ()  # of a cluster, as last heard of
-    _looked = _lead = 0.0  # when its clock was seen; what expires by it, less our time
+    _looked = _lead = 0.0  # when its clock was seen; what it leads ours, less a life
 
     def __init__(
         self, url: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
@@ -1755,7 +1755,8 @@ class _RedisConnection(DSMQClientSideConnection):
             cause: Any = error
             while cause is not before and type(cause).__module__.startswith("redis."):
                 cause = cause.__cause__ or cause.__context__
-            if isinstance(error, (TypeError, AttributeError)) and not link.connection:
+            wrong = TypeError, AttributeError  # of an option in the URL
+            if isinstance(error, wrong) and not link.connection:
                 raise ValueError(f"the URL of the Redis: {error}") from None
             if cause is error or (isinstance(cause, OSError) and cause is not before):
                 raise cause from None
@@ -1775,7 +1776,8 @@ class _RedisConnection(DSMQClientSideConnection):
         # Half of the time, so that a connection forgotten on the way is made anew; and
         # ten times a second Redis looks for waits that are over.
         seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0) + 0.1
-        options: _Fields = {"protocol": 2, "socket_timeout": seconds}
+        never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)  # whatever the URL says
+        options: _Fields = {"protocol": 2, "retry": never, "socket_timeout": seconds}
         # In a cluster the first may be silent.
         options["socket_connect_timeout"] = seconds / (1 + len(self._nodes))
         if self._url.startswith("rediss:"):
@@ -1803,10 +1805,10 @@ class _RedisConnection(DSMQClientSideConnection):
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
         known, begun = self._server, time.monotonic()
-        lasts = {topic: r.last for topic, r in [*self._cursors.items()]}
+        lasts = {t: reader.last for t, reader in [*self._cursors.items()]}
         anywhere = b"{dsmq:%b}" % os.urandom(4)  # any node does, and one may hang
         now, head, name = self._store(anywhere, [], link)
-        run, begin = name.split()
+        run, begin, _ = name.split()
         start = _redis_id(head)
         # In the same run it was flushed, and some of what is new may have been read.
         flushed = known and known.startswith(run.decode())
@@ -1843,7 +1845,8 @@ class _RedisConnection(DSMQClientSideConnection):
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
         budget = self._read_ahead_bytes
-        self._read_ahead_bytes = max(budget // 2, 256)  # unless it is short, see below
+        # Unless this one gets through, and is short.
+        self._read_ahead_bytes = max(budget // 2, 256)
         if wanted is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:  # a wait must be over before the time limit of the socket
