@@ -1687,15 +1687,15 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local head, run = now .. '-0', 'cluster 0-0 0'
 if KEYS[3] then
-    local known = redis.call('GET', KEYS[3]) or '0-0'
-    head, run = string.match(known .. ' none 0-0 0', '(%S+) (%S+ %S+ %S+)')
-    if string.find(run, ARGV[3], 1, true) ~= 1 then
+    local known = (redis.call('GET', KEYS[3]) or '0-0') .. ' none 0-0 0'
+    head, run = known:match('(%S+) (%S+ %S+ %S+)')
+    if run:find(ARGV[3], 1, true) ~= 1 then
         local new = ARGV[3] .. ' ' .. head .. ' ' .. now
         if redis.pcall('SET', KEYS[3], head .. ' ' .. new).ok then run = new end
     end
 end
 if #ARGV == 3 then return {now, head, run} end
-local ms, number = string.match(head, '(%d+)-(%d+)')
+local ms, number = head:match('(%d+)-(%d+)')
 if tonumber(ms) < now then ms, number = now, -1 end
 for i = 4, #ARGV do
     head = KEYS[3] and ms .. '-' .. number + i - 3 or '*'
@@ -1722,7 +1722,7 @@ class _RedisConnection(DSMQClientSideConnection):
     _encode = staticmethod(str.encode)
     _message_bytes = 72  # that one takes in a request beside its text, at most
     _nodes: tuple[tuple[str, int], ...] = ()  # of a cluster, as last heard of
-    _looked = _lead = 0.0  # when its clock was seen; what it leads ours, less a life
+    _looked = _lead = 0.0  # when its clock was seen, and its lead less a life
 
     def __init__(
         self, url: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
@@ -1755,8 +1755,7 @@ class _RedisConnection(DSMQClientSideConnection):
             cause: Any = error
             while cause is not before and type(cause).__module__.startswith("redis."):
                 cause = cause.__cause__ or cause.__context__
-            wrong = TypeError, AttributeError  # of an option in the URL
-            if isinstance(error, wrong) and not link.connection:
+            if isinstance(error, (TypeError, AttributeError)) and not link.connection:
                 raise ValueError(f"the URL of the Redis: {error}") from None
             if cause is error or (isinstance(cause, OSError) and cause is not before):
                 raise cause from None
@@ -1776,7 +1775,7 @@ class _RedisConnection(DSMQClientSideConnection):
         # Half of the time, so that a connection forgotten on the way is made anew; and
         # ten times a second Redis looks for waits that are over.
         seconds = min(max(link.end - time.monotonic(), 0.002) / 2, 60.0) + 0.1
-        never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)  # whatever the URL says
+        never = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
         options: _Fields = {"protocol": 2, "retry": never, "socket_timeout": seconds}
         # In a cluster the first may be silent.
         options["socket_connect_timeout"] = seconds / (1 + len(self._nodes))
@@ -1785,7 +1784,7 @@ class _RedisConnection(DSMQClientSideConnection):
             options |= {"ssl_check_hostname": True, "ssl_ca_certs": trusted}
         with self._asking(link):
             if self._nodes:
-                nodes = [redis.cluster.ClusterNode(*place) for place in self._nodes]
+                nodes = [redis.cluster.ClusterNode(*at) for at in self._nodes]
                 options["startup_nodes"] = nodes
                 client = redis.RedisCluster.from_url(self._url, **options)
                 self._nodes = tuple((n.host, n.port) for n in client.get_nodes())
@@ -1793,19 +1792,19 @@ class _RedisConnection(DSMQClientSideConnection):
             else:  # one connection, not made anew unnoticed
                 pool = redis.Redis.from_url(self._url, **options)
                 client, close = pool.client(), pool.close
-            link.connection = SimpleNamespace(client=client, close=close, shut=close)
-            self._check_usable()  # another thread may have closed it just before
-            info = {} if self._nodes else client.info()
-            if info.get("cluster_enabled"):
-                self._nodes = ((self._host, self._port),)
-                raise ConnectionResetError("it is a cluster, as the next try knows")
-            link.connection.run = info.get("run_id", "")
+        link.connection = SimpleNamespace(client=client, close=close, shut=close)
+        self._check_usable()  # another thread may have closed it just before
+        info = {} if self._nodes else self._ask(link, b"", "INFO")
+        if info.get("cluster_enabled"):
+            self._nodes = ((self._host, self._port),)
+            raise ConnectionResetError("it is a cluster, as the next try knows")
+        link.connection.run = info.get("run_id", "")
         self._look(link)
 
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
         known, begun = self._server, time.monotonic()
-        lasts = {t: reader.last for t, reader in [*self._cursors.items()]}
+        lasts = {t: r.last for t, r in [*self._cursors.items()]}
         anywhere = b"{dsmq:%b}" % os.urandom(4)  # any node does, and one may hang
         now, head, name = self._store(anywhere, [], link)
         run, begin, _ = name.split()
@@ -1845,8 +1844,7 @@ class _RedisConnection(DSMQClientSideConnection):
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
         budget = self._read_ahead_bytes
-        # Unless this one gets through, and is short.
-        self._read_ahead_bytes = max(budget // 2, 256)
+        self._read_ahead_bytes = max(budget // 2, 256)  # unless it is short, see below
         if wanted is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:  # a wait must be over before the time limit of the socket
@@ -1873,9 +1871,9 @@ class _RedisConnection(DSMQClientSideConnection):
 
         def ask(link: _Link) -> _Fields:
             client, topics = link.connection.client, {}
+            nodes = client.get_primaries() if self._nodes else ()
+            servers = [client.get_redis_connection(n) for n in nodes] or [client]
             with self._asking(link):
-                nodes = client.get_primaries() if self._nodes else ()
-                servers = [client.get_redis_connection(n) for n in nodes] or [client]
                 for server in servers:
                     for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
                         size = server.memory_usage(key) or 0  # it may expire meanwhile
