@@ -1809,8 +1809,8 @@ class _RedisConnection(DSMQClientSideConnection):
         now, head, name = self._store(anywhere, [], link)
         run, begin, _ = name.split()
         start = _redis_id(head)
-        # In the same run it was flushed, and some of what is new may have been read.
-        flushed = known and known.startswith(run.decode())
+        # In the same run (or after none) some of what is new may have been read.
+        flushed = known and known.startswith((run.decode(), "none"))
         stale = {t: i for t, i in lasts.items() if i > start} if flushed else None
         since = int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000)
         if since or self._nodes:  # more may be put in this millisecond, to any node
