@@ -1626,8 +1626,8 @@ _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 # A topic's messages are in a stream {dsmq:topic}, with ids of milliseconds and a
 # number; the number of a client's last put is, while they live, in {dsmq:topic}client.
 # On a single server dsmq:head is the newest id of all topics, for the clock may step
-# back, and topics share a millisecond; dsmq:run is the run of the server, another one
-# after a restart, from which id on that has put (0-0 if all was lost), and since when.
+# back, and topics share a millisecond; behind it stand the run of the server, another
+# one after a restart, from which id on that has put (0-0 if all was lost), since when.
 #
 # This stores messages, all or none. ARGV: the put's number (one below the last comes
 # late, on a connection given up), the time to live, the run, the messages. Without any
@@ -1638,24 +1638,31 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local head, run = now .. '-0', 'cluster 0-0 0'
 if KEYS[3] then
-    head, run = redis.call('GET', KEYS[3]) or '0-0', redis.call('GET', KEYS[4]) or ''
-    if string.find(run, ARGV[3], 1, true) ~= 1 then
-        redis.pcall('SET', KEYS[4], ARGV[3] .. ' ' .. head .. ' ' .. now)
-        run = redis.call('GET', KEYS[4]) or ARGV[3] .. ' 0-0 0'
+    local known = (redis.call('GET', KEYS[3]) or '0-0') .. ' none 0-0 0'
+    head, run = known:match('(%S+) (%S+ %S+ %S+)')
+    if run:find(ARGV[3], 1, true) ~= 1 then
+        local new = ARGV[3] .. ' ' .. head .. ' ' .. now
+        if redis.pcall('SET', KEYS[3], head .. ' ' .. new).ok then run = new end
     end
 end
 if #ARGV == 3 then return {now, head, run} end
-local ms, number = string.match(head, '(%d+)-(%d+)')
+local ms, number = head:match('(%d+)-(%d+)')
 if tonumber(ms) < now then ms, number = now, -1 end
 for i = 4, #ARGV do
     head = KEYS[3] and ms .. '-' .. number + i - 3 or '*'
     redis.call('XADD', KEYS[1], head, 'message', ARGV[i])
 end
-if KEYS[3] then redis.call('SET', KEYS[3], head) end
+if KEYS[3] then redis.call('SET', KEYS[3], head .. ' ' .. run) end
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
+# What an error becomes, by its kind or what Redis says; for some pass, as do others.
+_REDIS_ERRORS: dict[str, type[Exception]] = {
+    r"OutOfMemory|\bOOM\b": QueueFull, "^Authentication": AuthenticationError,
+    "BUSY|READONLY|UNBLOCKED": ConnectionError, "^InvalidResponse": FrameError,
+    "^(ResponseError|NoPermission)": DSMQError, "": ConnectionError,
+}  # fmt: skip
 
 
 class _RedisConnection(DSMQClientSideConnection):
@@ -1666,8 +1673,7 @@ class _RedisConnection(DSMQClientSideConnection):
     _encode = staticmethod(str.encode)
     _message_bytes = 72  # that one takes in a request beside its text, at most
     _nodes: tuple[tuple[str, int], ...] = ()  # of a cluster, as last heard of
-    _count = 10  # of messages to read at a time
-    _looked = _ahead = 0.0  # when its clock was seen, and its lead over ours
+    _looked = _lead = 0.0  # when its clock was seen, and its lead less a life
 
     def __init__(
         self, url: str, port: int, timeout: float, secret: Any, tls: _TLS, since: float
@@ -1688,44 +1694,29 @@ class _RedisConnection(DSMQClientSideConnection):
         host, port = form[1] or form[2].strip("[]"), int(form[3] or 6379)
         super().__init__(host or "localhost", port, timeout, None, tls, since)
 
-    def _call(self, work: Callable[[_Link], _T]) -> _T:
-        return super()._call(partial(self._translated, work))
-
-    def _dial(self, link: _Link) -> None:
-        self._translated(self._connect, link)
-
-    def _translated(self, work: Callable[[_Link], _T], link: _Link) -> _T:
-        """`work` done, with errors as every dsmq client raises them."""
+    @contextlib.contextmanager
+    def _asking(self, link: _Link) -> Iterator[None]:
+        """Errors of the package become those that every dsmq client raises."""
+        link.ready = False  # until the whole reply is in
         before = sys.exc_info()[1]  # was there already, so it is no cause
         try:
-            if link.ready and time.monotonic() > self._looked + 10.0:
-                self._look(link)
-            return work(link)
+            yield
         except Exception as error:
             self._check_usable()  # it may come of another thread's close
-            said = f"{type(error.__cause__ or error).__name__} {error}"
-            wrong = TypeError, AttributeError  # of an option in the URL
-            if isinstance(error, wrong) and not link.connection:
-                raise ValueError(f"the URL of the Redis: {error}") from None
-            if not type(error).__module__.startswith("redis."):
-                raise
             cause: Any = error
             while cause is not before and type(cause).__module__.startswith("redis."):
                 cause = cause.__cause__ or cause.__context__
-            if isinstance(cause, OSError) and cause is not before:
+            if isinstance(error, (TypeError, AttributeError)) and not link.connection:
+                raise ValueError(f"the URL of the Redis: {error}") from None
+            if cause is error or (isinstance(cause, OSError) and cause is not before):
                 raise cause from None
-            for kind, words in (
-                (QueueFull, r"OutOfMemory|\bOOM\b"),
-                (AuthenticationError, "^Authentication"),
-                (ConnectionError, "BUSY|READONLY|UNBLOCKED"),  # they pass
-                (FrameError, "^InvalidResponse"),
-                (DSMQError, "^(ResponseError|NoPermission)"),
-            ):
+            said = f"{type(error.__cause__ or error).__name__} {error}"
+            for words, kind in _REDIS_ERRORS.items():
                 if re.search(words, said):
                     raise kind(said) from None
-            raise ConnectionError(said) from None  # it passes, as a failover does
+        link.ready = True
 
-    def _connect(self, link: _Link) -> None:
+    def _dial(self, link: _Link) -> None:
         """One of the package's clients, for one call at a time, and none after a call
         that was broken off: its reply would be taken for the next one's."""
         try:
@@ -1742,62 +1733,60 @@ class _RedisConnection(DSMQClientSideConnection):
         if self._url.startswith("rediss:"):
             trusted = None if isinstance(self._tls, bool) else self._tls
             options |= {"ssl_check_hostname": True, "ssl_ca_certs": trusted}
-        if self._nodes:
-            nodes = [redis.cluster.ClusterNode(*place) for place in self._nodes]
-            options["startup_nodes"] = nodes
-            client = redis.RedisCluster.from_url(self._url, **options)
-            self._nodes = tuple((node.host, node.port) for node in client.get_nodes())
-            close = client.disconnect_connection_pools
-        else:  # one connection, not made anew unnoticed
-            pool = redis.Redis.from_url(self._url, **options)
-            client, close = pool.client(), pool.close
+        with self._asking(link):
+            if self._nodes:
+                nodes = [redis.cluster.ClusterNode(*at) for at in self._nodes]
+                options["startup_nodes"] = nodes
+                client = redis.RedisCluster.from_url(self._url, **options)
+                self._nodes = tuple((n.host, n.port) for n in client.get_nodes())
+                close = client.disconnect_connection_pools
+            else:  # one connection, not made anew unnoticed
+                pool = redis.Redis.from_url(self._url, **options)
+                client, close = pool.client(), pool.close
         link.connection = SimpleNamespace(client=client, close=close, shut=close)
         self._check_usable()  # another thread may have closed it just before
-        if not self._nodes:
-            info = client.info()
-            link.server = info["run_id"]
-            if info["cluster_enabled"]:
-                self._nodes = ((self._host, self._port),)
-                raise ConnectionResetError("it is a cluster, as the next try knows")
+        info = {} if self._nodes else self._ask(link, b"", "INFO")
+        if info.get("cluster_enabled"):
+            self._nodes = ((self._host, self._port),)
+            raise ConnectionResetError("it is a cluster, as the next try knows")
+        link.connection.run = info.get("run_id", "")
         self._look(link)
 
     def _look(self, link: _Link) -> None:
         """Notes the clock, where reading begins, and from where on if data was lost."""
         known, begun = self._server, time.monotonic()
-        stale: Any = {topic: r.last for topic, r in [*self._cursors.items()]}
+        lasts = {t: r.last for t, r in [*self._cursors.items()]}
         anywhere = b"{dsmq:%b}" % os.urandom(4)  # any node does, and one may hang
         now, head, name = self._store(anywhere, [], link)
         run, begin, _ = name.split()
         start = _redis_id(head)
-        # In the same run it was flushed, and some of what is new may have been read.
-        flushed = known and known.startswith(run.decode())
-        stale = {t: i for t, i in stale.items() if i > start} if flushed else None
+        # In the same run (or after none) some of what is new may have been read.
+        flushed = known and known.startswith((run.decode(), "none"))
+        stale = {t: i for t, i in lasts.items() if i > start} if flushed else None
         since = int(min(self._since, TIME_TO_LIVE_SECONDS) * 1000)
         if since or self._nodes:  # more may be put in this millisecond, to any node
             start = min(start, (now - since) * _REDIS_ID - 1)
-        self._ahead, self._looked = now / 1000 - begun, begun
+        self._looked, self._lead = begun, now / 1000 - TIME_TO_LIVE_SECONDS - begun
         link.server = name.decode()
         self._note_server(known, link.server, start, _redis_id(begin), stale)
+        if known not in (None, link.server):
+            raise ConnectionResetError("data was lost, as the next try knows")
 
     def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:
         """What the server that has the key answers."""
         client, where = link.connection.client, {}
-        if self._nodes:  # whose client would ask where a command has its key
-            where["target_nodes"] = client.get_node_from_key(key)
-        link.ready = False  # until the whole reply is in
-        reply = client.execute_command(*command, **where)
-        link.ready = True
-        return reply
+        with self._asking(link):
+            if self._nodes:  # whose client would ask where a command has its key
+                where["target_nodes"] = client.get_node_from_key(key)
+            return client.execute_command(*command, **where)
 
     def _key(self, topic: str) -> bytes:
         super()._key(topic)
         return b"{dsmq:%b}" % topic.encode()
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
-        of_all = () if self._nodes else ("dsmq:head", "dsmq:run")
-        keys = key, key + link.name, *of_all
-        run = link.server.partition(" ")[0]
-        rest = link.sequence, int(TIME_TO_LIVE_SECONDS), run, *load
+        keys = key, key + link.name, *(() if self._nodes else ["dsmq:head"])
+        rest = link.sequence, int(TIME_TO_LIVE_SECONDS), link.connection.run, *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
@@ -1805,43 +1794,43 @@ class _RedisConnection(DSMQClientSideConnection):
     ) -> _Messages:
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
-        count = self._count
-        self._count = count // 2 or 1  # unless this one gets through, and is short
+        budget = self._read_ahead_bytes
+        self._read_ahead_bytes = max(budget // 2, 256)  # unless it is short, see below
         if wanted is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:  # a wait must be over before the time limit of the socket
             seconds = min(wait, (link.end - time.monotonic()) / 3, MAX_WAIT_SECONDS)
             block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
-            what = "COUNT", count, *block, "STREAMS", key, place
+            what = "COUNT", budget // 6000 or 1, *block, "STREAMS", key, place
             ((_, rows),) = self._ask(link, key, "XREAD", *what) or [(key, [])]
         if not all(b"message" in fields for _, fields in rows):
             raise DSMQError(f"the stream {_shown(key)} is not of dsmq alone")
         texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
         if sum(map(len, texts)) < FIRST_READ_AHEAD_BYTES:
-            self._count = min(2 * count, 100)
+            self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
         ids = [_redis_id(id_) for id_, _ in rows]
-        begun = ids[0] // _REDIS_ID / 1000 if ids else 0.0
-        return ids, texts, begun + TIME_TO_LIVE_SECONDS - self._ahead
+        return ids, texts, min(ids, default=0) // _REDIS_ID / 1000 - self._lead
 
     def _expired(self, link: _Link) -> int:
-        now = time.monotonic() + self._ahead
-        return (int((now - TIME_TO_LIVE_SECONDS) * 1000) + 1) * _REDIS_ID - 1
+        if time.monotonic() > self._looked + 10.0:
+            self._look(link)
+        return (int((time.monotonic() + self._lead) * 1000) + 1) * _REDIS_ID - 1
 
     def stats(self) -> _Fields:
         """As of a dsmq server, over all nodes. `version` and `clients` are those of
         Redis, `max_bytes` is its maxmemory, 0 for none. Looks at each of its keys."""
 
         def ask(link: _Link) -> _Fields:
-            client, topics, link.ready = link.connection.client, {}, False
+            client, topics = link.connection.client, {}
             nodes = client.get_primaries() if self._nodes else ()
             servers = [client.get_redis_connection(n) for n in nodes] or [client]
-            for server in servers:
-                for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
-                    size = server.memory_usage(key) or 0  # it may expire meanwhile
-                    name = key[len("{dsmq:") : -1].decode(errors="replace")
-                    topics[name] = {"messages": server.xlen(key), "bytes": size}
-            infos = [server.info() for server in servers]
-            link.ready = True
+            with self._asking(link):
+                for server in servers:
+                    for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
+                        size = server.memory_usage(key) or 0  # it may expire meanwhile
+                        name = key[len("{dsmq:") : -1].decode(errors="replace")
+                        topics[name] = {"messages": server.xlen(key), "bytes": size}
+                infos = [server.info() for server in servers]
             return {
                 "version": infos[0]["redis_version"],
                 "uptime": infos[0]["uptime_in_seconds"],
