@@ -121,7 +121,8 @@ STEP_MESSAGES = 500  # handled in one hold of the store's lock: about a millisec
 STEP_BYTES = 1 << 20  # likewise
 RETRY_PAUSE_SECONDS = 0.01  # before the first retry; doubles up to a quarter second
 RECEIVE_BYTES = 1 << 18  # at a time
-FIRST_READ_AHEAD_BYTES = 1 << 16  # of one reply, before it is known what a line carries
+READ_AHEAD_BYTES = 1 << 20  # of one reply at most, ...
+FIRST_READ_AHEAD_BYTES = 1 << 16  # ... and while it is unknown what the line carries
 
 # ---------------------------------------------------------------------------- errors
 
@@ -1473,8 +1474,12 @@ class DSMQClientSideConnection:
             after = reader.cursor if wanted is None else reader.last
             if reader.unread and wanted == 1:  # looked at after `last`, unlocked
                 return 1.0  # another thread has just read it ahead
-        wait = max(end - time.monotonic(), 0.0)  # less at another try
-        ids, texts, expires = self._read(link, key, after, wanted, wait)
+        budget, begun = self._read_ahead_bytes, time.monotonic()
+        wait = max(end - begun, 0.0)  # less at another try
+        self._read_ahead_bytes = max(budget // 2, 256)
+        ids, texts, expires = self._read(link, key, after, wanted and budget, wait)
+        if time.monotonic() < begun + wait + 1.0 and sum(map(len, texts)) <= budget:
+            self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
         if not ids:
             return 0.0
         if wanted is None:
@@ -1525,21 +1530,17 @@ class DSMQClientSideConnection:
         link.exchange(encode_frame(what, b",".join(load), b"]}"), "head")
 
     def _read(
-        self, link: _Link, key: bytes, after: int, wanted: int | None, wait: float
+        self, link: _Link, key: bytes, after: int, budget: int | None, wait: float
     ) -> _Messages:
-        """What `_fetch` wants of the messages after an id."""
-        begun, budget = time.monotonic(), self._read_ahead_bytes
-        action = b"get_latest" if wanted is None else b"get"
+        """The messages after an id, about so many bytes (None: the newest alone)."""
+        begun, action = time.monotonic(), b"get" if budget else b"get_latest"
         # Half of the time that is left: the other is for an answer that comes late.
         wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
         what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
-        how = b'"limit":1000,"limit_bytes":%d,"wait":%.6f}' % (budget, wait)
-        self._read_ahead_bytes = max(budget // 2, 256)
+        how = b'"limit":1000,"limit_bytes":%d,"wait":%.6f}' % (budget or 0, wait)
         reply = link.exchange(encode_frame(what, how))
         try:
             ids, texts = reply["ids"], reply["messages"]
-            if time.monotonic() < begun + wait + 1.0:
-                self._read_ahead_bytes = min(2 * budget, 1 << 20)
             kinds: list[type] = [int] * len(ids) + [str] * len(ids)
             growing = [after, *ids] == sorted({after, *ids})
             if growing and [*map(type, ids + texts)] == kinds:
@@ -1626,8 +1627,8 @@ _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 # A topic's messages are in a stream {dsmq:topic}, with ids of milliseconds and a
 # number; the number of a client's last put is, while they live, in {dsmq:topic}client.
 # On a single server dsmq:head is the newest id of all topics, for the clock may step
-# back, and topics share a millisecond; behind it stand the run of the server, another
-# one after a restart, from which id on that has put (0-0 if all was lost), since when.
+# back, and topics share a millisecond; dsmq:run is the run of the server, another one
+# after a restart, from which id on that has put (0-0 if all was lost), and since when.
 #
 # This stores messages, all or none. ARGV: the put's number (one below the last comes
 # late, on a connection given up), the time to live, the run, the messages. Without any
@@ -1638,11 +1639,11 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local head, run = now .. '-0', 'cluster 0-0 0'
 if KEYS[3] then
-    local known = (redis.call('GET', KEYS[3]) or '0-0') .. ' none 0-0 0'
-    head, run = known:match('(%S+) (%S+ %S+ %S+)')
+    head = redis.call('GET', KEYS[3]) or '0-0'
+    run = redis.call('GET', KEYS[4]) or 'none 0-0 0'
     if run:find(ARGV[3], 1, true) ~= 1 then
         local new = ARGV[3] .. ' ' .. head .. ' ' .. now
-        if redis.pcall('SET', KEYS[3], head .. ' ' .. new).ok then run = new end
+        if redis.pcall('SET', KEYS[4], new).ok then run = new end
     end
 end
 if #ARGV == 3 then return {now, head, run} end
@@ -1652,7 +1653,7 @@ for i = 4, #ARGV do
     head = KEYS[3] and ms .. '-' .. number + i - 3 or '*'
     redis.call('XADD', KEYS[1], head, 'message', ARGV[i])
 end
-if KEYS[3] then redis.call('SET', KEYS[3], head .. ' ' .. run) end
+if KEYS[3] then redis.call('SET', KEYS[3], head) end
 redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
@@ -1785,18 +1786,17 @@ class _RedisConnection(DSMQClientSideConnection):
         return b"{dsmq:%b}" % topic.encode()
 
     def _store(self, key: bytes, load: list[bytes], link: _Link) -> Any:
-        keys = key, key + link.name, *(() if self._nodes else ["dsmq:head"])
+        of_all = () if self._nodes else ("dsmq:head", "dsmq:run")
+        keys = key, key + link.name, *of_all
         rest = link.sequence, int(TIME_TO_LIVE_SECONDS), link.connection.run, *load
         return self._ask(link, key, "EVAL", _REDIS_PUT, len(keys), *keys, *rest)
 
     def _read(
-        self, link: _Link, key: bytes, after: int, wanted: int | None, wait: float
+        self, link: _Link, key: bytes, after: int, budget: int | None, wait: float
     ) -> _Messages:
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
-        budget = self._read_ahead_bytes
-        self._read_ahead_bytes = max(budget // 2, 256)  # unless it is short, see below
-        if wanted is None:
+        if budget is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:  # a wait must be over before the time limit of the socket
             seconds = min(wait, (link.end - time.monotonic()) / 3, MAX_WAIT_SECONDS)
@@ -1806,8 +1806,6 @@ class _RedisConnection(DSMQClientSideConnection):
         if not all(b"message" in fields for _, fields in rows):
             raise DSMQError(f"the stream {_shown(key)} is not of dsmq alone")
         texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
-        if sum(map(len, texts)) < FIRST_READ_AHEAD_BYTES:
-            self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
         ids = [_redis_id(id_) for id_, _ in rows]
         return ids, texts, min(ids, default=0) // _REDIS_ID / 1000 - self._lead
 
