@@ -231,8 +231,7 @@ def encode_object(fields: _Fields) -> bytes:
 def decode_object(body: bytearray) -> _Fields:
     """The JSON object in a frame's body. Raises FrameError if it is not one."""
     try:
-        text = str(body, "utf-8").strip(" \t\r\n")
-        value, end = _decode(text)
+        value, end = _decode(text := str(body, "utf-8").strip(" \t\r\n"))
     except (ValueError, RecursionError) as error:
         raise FrameError(f"a frame must be UTF-8 JSON: {_shown(str(error))}") from None
     if not isinstance(value, dict) or end < len(text):
@@ -779,8 +778,7 @@ class _Server(socketserver.ThreadingTCPServer):
             sock, address = self.socket.accept()
             return FrameSocket(sock, self.max_frame_bytes), "{}:{}".format(*address)
         except (OSError, MemoryError) as error:
-            # Without descriptors or memory do not spin; but do not sleep for clients
-            # that are gone again: 300 would hold up all others for seconds.
+            # Do not spin without descriptors, nor sleep for each of 300 that are gone.
             if getattr(error, "errno", 0) not in (errno.ENOTCONN, errno.EINVAL):
                 time.sleep(POLL_SECONDS)
             raise OSError from None  # socketserver goes on with the next
@@ -1658,11 +1656,11 @@ redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[2])
 redis.call('XTRIM', KEYS[1], 'MINID', now - ARGV[2] * 1000 + 1)
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
-# What an error becomes, by its kind or what Redis says; for some pass, as do others.
+# What an error becomes, by its kind or text. A ConnectionError is tried again.
 _REDIS_ERRORS: dict[str, type[Exception]] = {
     r"OutOfMemory|\bOOM\b": QueueFull, "^Authentication": AuthenticationError,
     "BUSY|READONLY|UNBLOCKED": ConnectionError, "^InvalidResponse": FrameError,
-    "^(ResponseError|NoPermission)": DSMQError, "": ConnectionError,
+    "^(ResponseError|NoPermission)": DSMQError, "": ConnectionError,  # in a failover
 }  # fmt: skip
 
 

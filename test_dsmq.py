@@ -2507,9 +2507,15 @@ def test_a_read_only_or_full_redis_is_one_server_for_all(new_redis: NewRedis) ->
     eventually(lambda: "link_status:up" in replica.cli("info", "replication"))
     for port in (master.port, replica.port, full.port):
         with contextlib.ExitStack() as stack:
-            connect = functools.partial(dsmq.connect, f"redis://{HOST}:{port}")
-            clients = [stack.enter_context(connect()) for _ in range(2)]
+            ports = port, port, master.port
+            urls = [f"redis://{HOST}:{port}" for port in ports]
+            *clients, putter = [stack.enter_context(dsmq.connect(url)) for url in urls]
             assert len({mq._server for mq in clients}) == 1
+            if port == replica.port:
+                putter.put("t", "x")
+                assert clients[0].get_wait("t", 5) == "x"
+                vars(clients[0])["_looked"] = -math.inf  # which gives nothing twice
+                assert clients[0].get("t") == ""
 
 
 @engines("cluster")
