@@ -1408,7 +1408,7 @@ class DSMQClientSideConnection:
 
     def get_many(self, topic: str, limit: int = 100) -> list[str]:
         """All unread messages of `topic` there are, at once, up to `limit`."""
-        _check_number("limit", limit, 1, MAX_INTEGER)
+        _check_number("limit", limit, 1)
         return self._some(topic, 0.0, limit)
 
     def listen(self, topic: str, timeout: float = math.inf) -> Iterator[str]:
