@@ -35,8 +35,8 @@ Threads and locks
     answers the readers that wait for a topic's next round (see MessageStore), and each
     long reply to one of those has its own. `MessageStore._lock` guards what is stored,
     and is never held while sending, receiving, encoding or decoding.
-    Each connection's thread sends on it, but for a get that waits: its reply is sent by
-    whoever takes it out of the store, who then releases `FrameSocket.answered`.
+    Each connection's thread sends on it, but for a get that waits: another thread that
+    takes it out of the store sends its reply, then releases `FrameSocket.answered`.
     Client: each call has a connection of its own, so threads do not wait for each
     other; `DSMQClientSideConnection._lock` guards the cursors.
 """
@@ -130,7 +130,7 @@ FIRST_READ_AHEAD_BYTES = 1 << 16  # ... and while it is unknown what the line ca
 class DSMQError(Exception):
     """The root of dsmq's own errors: the server refused, for the reason it names."""
 
-    code = "stale"  # as a reply tells it: of a put that its client had settled
+    code = "bad_request"  # as a reply tells it
 
     def __init__(self, text: str = "", code: str = "") -> None:
         super().__init__(text)
@@ -181,13 +181,17 @@ def _check_server(host: object, port: object, secret: object) -> None:
 
 
 def _check_number(
-    name: str, value: Any, least: float = -1 << 63, most: float = MAX_INTEGER
+    name: str,
+    value: Any,
+    least: float = -1 << 63,
+    most: float = MAX_INTEGER,
+    wrong: type[Exception] = TypeError,
 ) -> Any:
-    """The value. It must be whole if `most` is."""
+    """Gives the value, which must be whole if `most` is."""
     whole = isinstance(most, int)
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
         kind = "an int" if whole else "a number"
-        raise TypeError(f"{name} must be {kind}, not {_shown(value)}")
+        raise wrong(f"{name} must be {kind}, not {_shown(value)}")
     too_large = not whole and sys.float_info.max < value < math.inf  # for a float
     if too_large or not least <= value <= most:  # NaN is not
         bits = " (64-bit)" if most == MAX_INTEGER else ""
@@ -505,7 +509,7 @@ class MessageStore:
         if len(heads) > 64:
             del heads[next(iter(heads))]
         if not heads[sequence] and sequence <= before:
-            raise DSMQError(f"sequence {sequence} was settled before")  # and comes late
+            raise DSMQError(f"sequence {sequence} was settled before", "stale")
         return heads
 
     def get(
@@ -592,7 +596,8 @@ class MessageStore:
         """Readers that are to be answered, no longer waiting, by what they get."""
         places: dict[Place, list[Any]] = {}  # most are at the same
         with self._lock:
-            entry.round_due, entry.rests_until = False, time.monotonic() + 0.002
+            entry.round_due = False
+            entry.rests_until = time.monotonic() + 0.002
             waiters = self._waiters.get(entry.name, {})
             for waiter, place in waiters.items():
                 places.setdefault(place, []).append(waiter)
@@ -607,7 +612,8 @@ class MessageStore:
     def end_wait(self, topic: str, waiter: Any) -> bool:
         """Whether the waiter was still waiting; if not, it is being answered."""
         with self._lock:
-            return self._waiters.get(topic, {}).pop(waiter, None) is not None
+            waiters = self._waiters.get(topic)
+            return bool(waiters and waiters.pop(waiter, None))
 
     def purge(self) -> bool:
         """Frees the oldest expired messages, a step's worth; whether there were any."""
@@ -700,6 +706,7 @@ class _Server(socketserver.ThreadingTCPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
+            store.close()
             text = f"cannot listen on {host}:{port}: {error.strerror or error}"
             raise OSError(error.errno, text) from None
         # A client may be gone between select and accept, which then must not wait.
@@ -717,7 +724,7 @@ class _Server(socketserver.ThreadingTCPServer):
             self.serve_forever(POLL_SECONDS)
 
     def server_close(self) -> None:
-        """Frees the port and ends every conversation; replies get 0.15 s more."""
+        """Frees port and messages, ends conversations; replies get 0.15 s more."""
         self.stopping.set()
         self.socket.close()
         self.store.close()
@@ -766,7 +773,11 @@ class _Server(socketserver.ThreadingTCPServer):
             except MemoryError:  # what was put is stored; the reader asks again
                 reply = _NO_MESSAGES
             for waiter in waiters:
-                waiter.answer(reply)
+                try:
+                    waiter.answer(reply)
+                except MemoryError:
+                    waiter.answered.release()
+                    waiter.shut()
         now = time.monotonic()
         entry.rests_until = now + min(4 * (now - begun), 0.002)
 
@@ -913,17 +924,17 @@ class _Handler(socketserver.BaseRequestHandler):
             return self.ACTIONS[action](self, request)
         except FrameError:  # ends the connection
             raise
-        except (DSMQError, TypeError, ValueError) as error:
+        except (DSMQError, ValueError) as error:
             return _error_reply(error)
         except MemoryError:
             return _error_reply(QueueFull("out of memory"))
 
     def _hello(self, request: _Fields) -> bytes:
-        protocol = _check_number("protocol", request.get("protocol", PROTOCOL))
+        protocol = _check_field("protocol", request.get("protocol", PROTOCOL))
         if protocol != PROTOCOL:
             raise ValueError(f"protocol is {PROTOCOL}, not {protocol}")
         since, server = request.get("since", 0), self.server
-        self._since = _check_number("since", since, 0, sys.float_info.max)
+        self._since = _check_field("since", since, 0, sys.float_info.max)
         reply: _Fields = {"protocol": PROTOCOL, "server": server.name}
         reply["max_frame_bytes"] = server.max_frame_bytes
         reply["time_to_live"] = server.store.time_to_live
@@ -965,22 +976,22 @@ class _Handler(socketserver.BaseRequestHandler):
             raise DSMQError(text, "too_large")
         origin = None
         if request.get("client") is not None:
-            number = _check_number("sequence", request.get("sequence"))
-            settled = _check_number("settled", request.get("settled", -1 << 63))
+            number = _check_field("sequence", request.get("sequence"))
+            settled = _check_field("settled", request.get("settled", -1 << 63))
             origin = _text(request, "client", 256), number, settled
         head, self._owed = self.server.store.put(topic, bodies, origin)
         return encode_frame(b'{"head":%d}' % head)
 
     def _get(self, request: _Fields) -> bytes:
         topic = _text(request, "topic", MAX_TOPIC_CHARACTERS)
-        after, store = _check_number("after", request.get("after")), self.server.store
+        after, store = _check_field("after", request.get("after")), self.server.store
         if request["action"] == "get_latest":
             return _messages_reply(store.get_latest(topic, after))
-        limit = _check_number("limit", request.get("limit", 1), 1)
+        limit = _check_field("limit", request.get("limit", 1), 1)
         room = self.server.max_frame_bytes - ENVELOPE_BYTES
-        room = min(_check_number("limit_bytes", request.get("limit_bytes", room)), room)
+        room = min(_check_field("limit_bytes", request.get("limit_bytes", room)), room)
         place = after, limit, room
-        if wait := _check_number("wait", request.get("wait", 0), 0, sys.float_info.max):
+        if wait := _check_field("wait", request.get("wait", 0), 0, sys.float_info.max):
             end = time.monotonic() + min(wait, MAX_WAIT_SECONDS)
             return self._wait(end, topic, place)
         return _messages_reply(store.get(topic, *place))
@@ -1003,7 +1014,7 @@ class _Handler(socketserver.BaseRequestHandler):
             answered = frames.answered.acquire(timeout=left)
         except MemoryError:  # not told, for the reply may be on its way
             raise ConnectionAbortedError("out of memory") from None
-        finally:  # nor may the socket be another's before it is out
+        finally:  # until the reply is out, the socket stays ours
             if not answered and not store.end_wait(topic, frames):
                 answered = frames.answered.acquire()
         # Maybe something, if the topic rests as the wait ends.
@@ -1031,6 +1042,11 @@ class _Handler(socketserver.BaseRequestHandler):
         "hello": _hello, "authenticate": _authenticate, "put": _put, "get": _get,
         "get_latest": _get, "stats": _stats, "shutdown": _shutdown,
     }  # fmt: skip
+
+
+# What a field of a request must be. Both raise ValueError, naming field and value.
+
+_check_field = partial(_check_number, wrong=ValueError)
 
 
 def _text(request: _Fields, field: str, most: int) -> str:
@@ -1208,7 +1224,7 @@ class DSMQClientSideConnection:
         self._server: str | None = None  # whose the cursors are
         self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
-        self._time_to_live = TIME_TO_LIVE_SECONDS
+        self._time_to_live: Any = math.inf  # until a dsmq server tells it
         # Of one reply; less over a line that is slow, or breaks before it is through.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
@@ -1310,10 +1326,11 @@ class DSMQClientSideConnection:
             proof = _proof(self._secret, "client", *words)
             request = {"action": "authenticate", "proof": proof}
             reply |= link.exchange(encode_object(request))
-        if type(head := reply.get("head")) is not int:
-            raise FrameError(f"no integer head in {_shown(str(reply))}")
+        head, life = reply.get("head"), reply.get("time_to_live")
+        if type(head) is not int or type(life) not in (int, float):
+            raise FrameError(f"no head or time_to_live in {_shown(str(reply))}")
         self._max_frame_bytes = reply["max_frame_bytes"]
-        self._time_to_live = float(reply.get("time_to_live", math.inf))
+        self._time_to_live = life
         link.connection.max_frame_bytes = self._max_frame_bytes
         link.server = str(reply.get("server"))
         self._note_server(known, link.server, head)
@@ -1423,16 +1440,17 @@ class DSMQClientSideConnection:
         """The oldest messages, as many as wanted (None: the newest), or none."""
         limit, now = wanted or 1, time.monotonic()
         end = now + seconds
-        found: float = bool(wanted) and type(topic) is str and topic in self._cursors
-        while not (found and (texts := self._take(topic, limit, now, limit))):
+        known = wanted and type(topic) is str and topic in self._cursors
+        expires = 1.0 if known else 0.0  # long ago, or there is nothing to take
+        while not (expires and (texts := self._take(topic, limit, now, limit))):
             key = self._key(topic)
             if limit == 1:  # many might expire before they are enough
                 now = time.monotonic()
-            found = self._call(partial(self._fetch, topic, key, end, wanted))
-            # So far it has been read: on to what was put later, it might have no end.
-            read_to = found - self._time_to_live if found else time.monotonic()
+            expires = self._call(partial(self._fetch, topic, key, end, wanted))
+            # All put until then has been read; what is put since might have no end.
+            read_to = expires - self._time_to_live if expires else time.monotonic()
             if read_to >= end:
-                return self._take(topic, limit, now) if found or limit > 1 else []
+                return self._take(topic, limit, now) if expires or limit > 1 else []
         return texts
 
     # The lock keeps other threads out, but neither a signal handler of this one nor an
@@ -1464,20 +1482,21 @@ class DSMQClientSideConnection:
         self, topic: str, key: bytes, end: float, wanted: int | None, link: _Link
     ) -> float:
         """Reads messages ahead (None: the newest alone), waiting for the first; gives
-        when that expires, 0 if there was none."""
+        when that expires or an earlier time, 0 if there was none."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         reader, after = self._cursors.get(topic), self._start
         if reader:
             after = reader.cursor if wanted is None else reader.last
             if reader.unread and wanted == 1:  # looked at after `last`, unlocked
-                return 1.0  # another thread has just read it ahead
-        budget, begun = self._read_ahead_bytes, time.monotonic()
-        wait = max(end - begun, 0.0)  # less at another try
+                return 1.0  # long ago; another thread has just read it ahead
+        budget, begun, most = self._read_ahead_bytes, time.monotonic(), READ_AHEAD_BYTES
+        # A part of the time that is left: the rest is for an answer that comes late.
+        wait = max(min(end - begun, (link.end - begun) / 3, MAX_WAIT_SECONDS), 0.0)
         self._read_ahead_bytes = max(budget // 2, 256)
         ids, texts, expires = self._read(link, key, after, wanted and budget, wait)
-        if time.monotonic() < begun + wait + 1.0 and sum(map(len, texts)) <= budget:
-            self._read_ahead_bytes = min(2 * budget, READ_AHEAD_BYTES)
+        if time.monotonic() < begun + wait + 1.0 and sum(map(len, texts)) <= most:
+            self._read_ahead_bytes = min(2 * budget, most)
         if not ids:
             return 0.0
         if wanted is None:
@@ -1532,8 +1551,6 @@ class DSMQClientSideConnection:
     ) -> _Messages:
         """The messages after an id, about so many bytes (None: the newest alone)."""
         begun, action = time.monotonic(), b"get" if budget else b"get_latest"
-        # Half of the time that is left: the other is for an answer that comes late.
-        wait = min(wait, (link.end - begun) / 2, MAX_WAIT_SECONDS)
         what = b'{"action":"%b","topic":%b,"after":%d,' % (action, key, after)
         how = b'"limit":1000,"limit_bytes":%d,"wait":%.6f}' % (budget or 0, wait)
         reply = link.exchange(encode_frame(what, how))
@@ -1548,7 +1565,7 @@ class DSMQClientSideConnection:
         raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
 
     def _expired(self, link: _Link) -> int:
-        """An id up to which all has been purged: the newest put 1e9 s ago, so none."""
+        """The newest id that has been purged: no message there is 1e9 s old."""
         request = encode_object({"action": "hello", "since": 1e9})
         return int(link.exchange(request, "head")["head"])
 
@@ -1626,7 +1643,8 @@ _REDIS_ID = 1 << 64  # here an id is milliseconds * this + number
 # number; the number of a client's last put is, while they live, in {dsmq:topic}client.
 # On a single server dsmq:head is the newest id of all topics, for the clock may step
 # back, and topics share a millisecond; dsmq:run is the run of the server, another one
-# after a restart, from which id on that has put (0-0 if all was lost), and since when.
+# after a restart, from which id on that has put (0-0 if all was lost), and since when;
+# "none" is one that could not be noted, on a replica or for want of memory.
 #
 # This stores messages, all or none. ARGV: the put's number (one below the last comes
 # late, on a connection given up), the time to live, the run, the messages. Without any
@@ -1707,12 +1725,13 @@ class _RedisConnection(DSMQClientSideConnection):
                 cause = cause.__cause__ or cause.__context__
             if isinstance(error, (TypeError, AttributeError)) and not link.connection:
                 raise ValueError(f"the URL of the Redis: {error}") from None
-            if cause is error or (isinstance(cause, OSError) and cause is not before):
+            if cause is error:
+                raise
+            if isinstance(cause, OSError) and cause is not before:
                 raise cause from None
             said = f"{type(error.__cause__ or error).__name__} {error}"
-            for words, kind in _REDIS_ERRORS.items():
-                if re.search(words, said):
-                    raise kind(said) from None
+            found = (e for words, e in _REDIS_ERRORS.items() if re.search(words, said))
+            raise next(found)(said) from None
         link.ready = True
 
     def _dial(self, link: _Link) -> None:
@@ -1768,8 +1787,6 @@ class _RedisConnection(DSMQClientSideConnection):
         self._looked, self._lead = begun, now / 1000 - TIME_TO_LIVE_SECONDS - begun
         link.server = name.decode()
         self._note_server(known, link.server, start, _redis_id(begin), stale)
-        if known not in (None, link.server):
-            raise ConnectionResetError("data was lost, as the next try knows")
 
     def _ask(self, link: _Link, key: bytes, *command: Any) -> Any:
         """What the server that has the key answers."""
@@ -1796,9 +1813,8 @@ class _RedisConnection(DSMQClientSideConnection):
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
         if budget is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
-        else:  # a wait must be over before the time limit of the socket
-            seconds = min(wait, (link.end - time.monotonic()) / 3, MAX_WAIT_SECONDS)
-            block = ["BLOCK", max(int(seconds * 1000), 1)] if wait else []
+        else:
+            block = ["BLOCK", max(int(wait * 1000), 1)] if wait else []
             what = "COUNT", budget // 6000 or 1, *block, "STREAMS", key, place
             ((_, rows),) = self._ask(link, key, "XREAD", *what) or [(key, [])]
         if not all(b"message" in fields for _, fields in rows):
@@ -1808,8 +1824,11 @@ class _RedisConnection(DSMQClientSideConnection):
         return ids, texts, min(ids, default=0) // _REDIS_ID / 1000 - self._lead
 
     def _expired(self, link: _Link) -> int:
+        known = self._server
         if time.monotonic() > self._looked + 10.0:
             self._look(link)
+        if self._server != known:  # what is to be read is known at the next try
+            raise ConnectionResetError("the Redis has lost its data")
         return (int((time.monotonic() + self._lead) * 1000) + 1) * _REDIS_ID - 1
 
     def stats(self) -> _Fields:
@@ -1818,9 +1837,9 @@ class _RedisConnection(DSMQClientSideConnection):
 
         def ask(link: _Link) -> _Fields:
             client, topics = link.connection.client, {}
-            nodes = client.get_primaries() if self._nodes else ()
-            servers = [client.get_redis_connection(n) for n in nodes] or [client]
             with self._asking(link):
+                nodes = client.get_primaries() if self._nodes else ()
+                servers = [client.get_redis_connection(n) for n in nodes] or [client]
                 for server in servers:
                     for key in server.scan_iter("{dsmq:*}", 1000, "stream"):
                         size = server.memory_usage(key) or 0  # it may expire meanwhile
