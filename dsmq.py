@@ -930,9 +930,7 @@ class _Handler(socketserver.BaseRequestHandler):
             return _error_reply(QueueFull("out of memory"))
 
     def _hello(self, request: _Fields) -> bytes:
-        protocol = _check_field("protocol", request.get("protocol", PROTOCOL))
-        if protocol != PROTOCOL:
-            raise ValueError(f"protocol is {PROTOCOL}, not {protocol}")
+        _check_field("protocol", request.get("protocol", 1), PROTOCOL, PROTOCOL)
         since, server = request.get("since", 0), self.server
         self._since = _check_field("since", since, 0, sys.float_info.max)
         reply: _Fields = {"protocol": PROTOCOL, "server": server.name}

@@ -809,7 +809,7 @@ ORIGIN = {"client": "c", "sequence": 1}
 BAD_FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(({}, {"action": a}, str(a)) for a in (None, 5, "Get", "handle")),
     *(({}, {"action": a}, n) for a, n in ((["get"], "list of 1"), ("\ud800", "d800"))),
-    (HELLO, {"protocol": 2}, "protocol is 1, not 2"),
+    (HELLO, {"protocol": 2}, "protocol must be 1 to 1, not 2"),
     *((HELLO, {"protocol": p}, "protocol") for p in ("1", True)),
     *((HELLO, {"since": s}, "since") for s in (-1, "1", True, None)),
     *((PUT, {"topic": t}, "topic") for t in (..., "", 1)),
