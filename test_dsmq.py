@@ -36,6 +36,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar
+from unittest.mock import Mock
 
 import pytest
 
@@ -68,7 +69,6 @@ def engines(*names: str) -> pytest.MarkDecorator:
 
 
 everywhere = engines("dsmq", "redis", "cluster")
-on_redis = engines("redis")
 # A socket that an interrupt, or redis 5, leaves unclosed is closed when collected.
 unclosed = "ignore::pytest.PytestUnraisableExceptionWarning"
 leaves_sockets = pytest.mark.filterwarnings(unclosed)
@@ -133,13 +133,27 @@ def together(work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
     return [outcome() for outcome in [begin(work, *one) for one in zip(*arguments)]]
 
 
+@contextlib.contextmanager
+def meanwhile(pause_seconds: float, work: Any, *a: Any) -> Iterator[None]:
+    """Does the work again and again, in a thread of its own, until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(pause_seconds):
+            work(*a)
+
+    repeating = begin(repeat)
+    yield
+    ended.set()
+    repeating()
+
+
 def count_threads() -> int:
     """All that run Python, also those the module threading did not start."""
     return len(sys._current_frames())
 
 
 # ------------------------------------------------------------------- other processes
-
 
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 DSMQ = [sys.executable, "-m", "dsmq"]  # as a module it need not be compiled again
@@ -248,14 +262,13 @@ def server(serve: Serve, request: pytest.FixtureRequest) -> Server:
 class Process:
     """`python dsmq.py serve` in a process of its own."""
 
-    def __init__(self, log: Path, *arguments: str, **options: Any) -> None:
+    def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
         with open(log, "wb") as stderr:
-            self.popen = start_command("serve", *arguments, stderr=stderr, **options)
+            self.popen = start_command("serve", *arguments, stderr=stderr)
         self.pid = self.popen.pid
         eventually(lambda: "Ctrl-C" in log.read_text())
-        found = re.search(r"listening on .*:(\d+)", log.read_text())
-        self.port = int(found[1]) if found else 0
+        self.port = int(re.findall(r"listening on .*:(\d+)", log.read_text())[0])
 
     def stop(self, how: int = 9) -> int:
         self.popen.send_signal(how)
@@ -266,10 +279,9 @@ class Process:
 def launch(tmp_path: Path) -> Iterator[Launch]:
     processes: list[Process] = []
 
-    def start(*arguments: str, **options: Any) -> Process:
-        port = () if "--port" in arguments else ("--port", "0")
+    def start(*arguments: str) -> Process:
         log = tmp_path / f"serve{len(processes)}.log"
-        processes.append(Process(log, *port, *arguments, **options))
+        processes.append(Process(log, "--port", "0", *arguments))  # the last one counts
         return processes[-1]
 
     yield start
@@ -322,8 +334,7 @@ class Raw:
         self._frames = dsmq.FrameSocket(self.sock, 1 << 30)
 
     def send(self, **fields: Any) -> None:
-        body = json.dumps(fields).encode()
-        self.sock.sendall(struct.pack(">I", len(body)) + body)
+        self.sock.sendall(dsmq.encode_frame(json.dumps(fields).encode()))
 
     def receive(self) -> Any:
         """The next reply; None at the end."""
@@ -576,22 +587,14 @@ def test_a_frame_too_long_is_refused_and_one_that_never_comes_costs_no_memory() 
     with frame_pair(1000) as (near, frames):
         near.sendall(struct.pack(">I", 1001))
         raises(dsmq.FrameError, "1001 bytes, but the limit is 1000", frames.receive)
-    stopped = threading.Event()
     with frame_pair(1 << 30) as (near, frames):
-
-        def trickle() -> None:
-            near.sendall(struct.pack(">I", 1 << 30))
-            while not stopped.wait(0.02):
-                near.sendall(b"x")
-
-        trickling = begin(trickle)
-        tracemalloc.start()
-        end = time.monotonic() + 0.1  # though bytes go on coming
-        raises(TimeoutError, None, frames.receive, end)
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-        tracemalloc.stop()
-        stopped.set()
-        trickling()
+        near.sendall(struct.pack(">I", 1 << 30))
+        with meanwhile(0.02, near.sendall, b"x"):
+            tracemalloc.start()
+            end = time.monotonic() + 0.1  # though bytes go on coming
+            raises(TimeoutError, None, frames.receive, end)
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+            tracemalloc.stop()
 
 
 # --------------------------------------------------------------------- message store
@@ -620,8 +623,7 @@ def put(store: Store, topic: str, *bodies: bytes, origin: Any = None) -> int:
 
 def read(store: Store, topic: str, after: int, *limits: int) -> dict[int, bytes]:
     """The messages by id."""
-    limit, room_bytes = limits or (9999, ROOM)
-    return {i: body for i, _, body in store.get(topic, after, limit, room_bytes)}
+    return {i: body for i, _, body in store.get(topic, after, *limits or (9999, ROOM))}
 
 
 def tidy(store: Store) -> None:
@@ -694,10 +696,9 @@ def test_a_get_fits_its_limit_and_its_room_but_gives_at_least_one(store: Store) 
     head, each = store.head, 100 + dsmq.ID_BYTES
     put(store, "a", *[b"x" * 100] * 5000)
     assert len(read(store, "a", head, 3, ROOM)) == 3
-    assert len(read(store, "a", head)) == 5000
-    assert len(read(store, "a", head, 9999, 10 * each)) == 10
-    assert len(read(store, "a", head, 9999, 2000 * each + 1)) == 2000
-    assert len(read(store, "a", head, 9999, 0)) == 1
+    counts = {ROOM: 5000, 10 * each: 10, 2000 * each + 1: 2000, 0: 1}
+    for room_bytes, count in counts.items():
+        assert len(read(store, "a", head, 9999, room_bytes)) == count
     assert len(read(store, "a", head + 4990)) == 10
     assert read(store, "a", head + 5000) == read(store, "a", 2**63 - 1) == {}
     assert list(read(store, "a", -(2**63), 1, ROOM)) == [head + 1]
@@ -829,8 +830,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *((GET, {"wait": w}, "wait") for w in (-0.1, "1", True, None)),
     (GET | {"action": "get_latest"}, {"after": ...}, "after"),
 ]
-
-
 BROKEN = [*map(dsmq.encode_frame, NO_OBJECTS), dsmq.encode_frame(b"nonsense") * 1000]
 BROKEN += [struct.pack(">I", 1 << 31) + b"x", b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"]
 BROKEN += [struct.pack(">I", dsmq.MAX_FRAME_BYTES + 1)]
@@ -1032,7 +1031,6 @@ def test_no_bytes_a_peer_sends_cause_a_fault(server: Server, raw: Raws) -> None:
 
 # ---------------------------------------------------------------------------- client
 
-
 # The newest id in Redis, as after a step back of its clock by an hour.
 AHEAD = f"{int(time.time() * 1000) + 3_600_000}-7"
 
@@ -1202,20 +1200,12 @@ def test_what_was_read_ahead_expires_too(pass_time: PassTime, connect: Connect) 
 
 def test_a_tiny_time_to_live_hangs_no_call(serve: Serve, connect: Connect) -> None:
     port = serve(time_to_live=0.001).port
-    mq, putter, stopped = connect(port), connect(port), threading.Event()
-
-    def put() -> None:
-        while not stopped.is_set():
-            putter.put("t", "x")
-
-    putting = begin(put)
-    with within(8):
+    mq, putter = connect(port), connect(port)
+    with within(8), meanwhile(0, putter.put, "t", "x"):
         for _ in range(200):
             mq.get("t")
             mq.get_many("t")
         mq.get_wait("t", 0.1)
-    stopped.set()
-    putting()
 
 
 @everywhere
@@ -1473,7 +1463,6 @@ def test_readers_get_exactly_what_writers_put(connect: Connect, method: str) -> 
             server = start(dsmq.serve, *address)
         for _ in range(readers):
             start(read_crowd, address, writers * each, said)
-        for _ in range(readers):
             assert said.get(timeout=PATIENCE_SECONDS) == "ready"
         for number in range(writers):
             start(write, address, number, each)
@@ -1513,16 +1502,15 @@ def test_a_call_in_which_a_signal_handler_forks_goes_on_twice(connect: Connect) 
         eventually(lambda: bool(pids))
         putter.put("t", "x")
 
-    before = signal.signal(signal.SIGALRM, lambda *_: pids.append(os.fork()))
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     putting = begin(put_then)
-    try:
-        got = mq.get_wait("t", 10)
-    finally:
-        if pids == [0]:  # the child, which must not go on with the tests
-            os.write(far, got.encode())
-            os._exit(0)
-        signal.signal(signal.SIGALRM, before)
+    with on_alarm(lambda *_: pids.append(os.fork())):
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            got = mq.get_wait("t", 10)
+        finally:
+            if pids == [0]:  # the child, which must not go on with the tests
+                os.write(far, got.encode())
+                os._exit(0)
     putting()
     os.waitpid(pids[0], 0)
     os.close(far)
@@ -1554,8 +1542,7 @@ def test_a_child_may_use_a_client(connect: Connect, proxy: Proxy, method: str) -
     child.start()
     free.set()
     holding()
-    got = results.get(timeout=PATIENCE_SECONDS)
-    assert got == (["2", "3", "from the child"], 4)
+    assert results.get(timeout=PATIENCE_SECONDS) == (["2", "3", "from the child"], 4)
     child.join(PATIENCE_SECONDS)
     connections = proxy.connections
     mq.put("t", "on the old connection")
@@ -1640,9 +1627,7 @@ def test_a_slow_line_is_busy_and_no_call_raises(proxy: Proxy, connect: Connect) 
     assert len(got) == 99
 
 
-def test_a_wait_ends_in_time_though_its_connection_broke(
-    proxy: Proxy, connect: Connect
-) -> None:
+def test_a_wait_on_a_broken_line_ends_in_time(proxy: Proxy, connect: Connect) -> None:
     mq = connect(proxy.port)
     with within(0.9, 0.6):
         waiting = begin(mq.get_wait, "t", 0.6)
@@ -1652,18 +1637,11 @@ def test_a_wait_ends_in_time_though_its_connection_broke(
 
 
 def test_get_many_ends_though_a_topic_does_not(proxy: Proxy, connect: Connect) -> None:
-    mq, writer, ended = connect(proxy.port), connect(), threading.Event()
+    mq, writer = connect(proxy.port), connect()
     writer.put_many("t", numbers(100))
     proxy.bytes_per_second = 20_000
-
-    def write() -> None:
-        while not ended.wait(0.002):
-            writer.put("t", "x")
-
-    writing = begin(write)
-    assert begin(mq.get_many, "t", 1_000_000)(5)[:100] == numbers(100)
-    ended.set()
-    writing()
+    with meanwhile(0.002, writer.put, "t", "x"):
+        assert begin(mq.get_many, "t", 1_000_000)(5)[:100] == numbers(100)
 
 
 def test_a_forgotten_connection_is_made_anew(proxy: Proxy, connect: Connect) -> None:
@@ -1768,7 +1746,6 @@ def test_a_killed_server_confuses_nobody(launch: Launch, connect: Connect) -> No
     mq = connect(process.port, timeout=30)
     for _ in range(2):
         context.Process(target=read_through_restarts, args=arguments).start()
-    for _ in range(2):
         assert mq.get_wait("ready", PATIENCE_SECONDS) == "x"
     number = itertools.count()
     for _ in range(int(KNOBS["RESTARTS"])):
@@ -2105,10 +2082,7 @@ def test_a_client_too_many_is_told(
     time.sleep(0.1)
     clients[0].close()  # and it gets in
     connecting().put("t", "x")
-
-    def start(*arguments: Any, **options: Any) -> NoReturn:
-        raise RuntimeError("can't start new thread")
-
+    start = Mock(side_effect=RuntimeError("can't start new thread"))
     clients[2].close()
     with monkeypatch.context() as patch:
         patch.setattr("_thread.start_new_thread", start)
@@ -2265,8 +2239,7 @@ def test_all_works_over_tls(connect: Connect, certificate: Path) -> None:
 @pytest.mark.parametrize("server", ["tls"], indirect=True)
 def test_no_handshake_may_stall(server: Server, raw: Raws, monkeypatch: Patch) -> None:
     monkeypatch.setattr(dsmq, "STALL_SECONDS", 0.3)
-    where = HOST, server.port
-    raises(ConnectionError, "speaks TLS only", dsmq.connect, *where)
+    raises(ConnectionError, "speaks TLS only", dsmq.connect, HOST, server.port)
     eventually(lambda: server.clients() == 0)
     with contextlib.ExitStack() as stalling:
         for _ in range(5):
@@ -2402,8 +2375,7 @@ assert not slow & {*sys.modules}
 try: dsmq.connect("redis://127.0.0.1:1")
 except dsmq.DSMQError as error: assert "pip install redis" in str(error)
 """
-    command = [sys.executable, "-I", "-S", "-c", code]
-    subprocess.run(command, cwd=HERE, check=True)
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=HERE, check=True)
 
 
 def put_long_ago(redis: Redis, seconds: float, topic: str, *texts: str) -> None:
@@ -2437,9 +2409,8 @@ def test_what_expired_in_redis_is_gone(connect: Connect, pass_time: PassTime) ->
         assert connect(since=since).get_many("t") == expected
 
 
-@on_redis
-def test_a_flush_of_redis_is_noticed(connect: Connect) -> None:
-    redis = connect.nodes[0]
+@engines("redis")
+def test_a_flush_of_redis_is_noticed(redis: Redis, connect: Connect) -> None:
     redis.cli("set", "dsmq:head", AHEAD)
     putter, getter = connect(), connect()
     putter.put("t", "old")
@@ -2450,7 +2421,7 @@ def test_a_flush_of_redis_is_noticed(connect: Connect) -> None:
     assert getter.get("t") == "1"
 
 
-@on_redis
+@engines("redis")
 def test_what_is_not_ours_in_redis_is_kept(redis: Redis, connect: Connect) -> None:
     redis.cli("set", "mine", "1")
     redis.cli("xadd", "stream", "*", "a", "b")
@@ -2589,10 +2560,9 @@ def test_clients_survive_a_failover(cluster: list[Redis], connect: Connect) -> N
 
 def shell(command: str, stdin: str | bytes = b"", **environment: str) -> Done:
     """The status, output and errors of a shell's command, in which dsmq is dsmq."""
-    script = f'dsmq() {{ {shlex.join(DSMQ)} "$@"; }}; {command}'
+    script = ["sh", "-c", f'dsmq() {{ {shlex.join(DSMQ)} "$@"; }}; {command}']
     env = {**os.environ, "PYTHONUNBUFFERED": "", **environment}
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "cwd": HERE, "env": env}
-    with subprocess.Popen(["sh", "-c", script], **PIPES, **options) as process:
+    with subprocess.Popen(script, stdin=-1, cwd=HERE, env=env, **PIPES) as process:
         done = rest(process, stdin if isinstance(stdin, bytes) else stdin.encode())
     assert "Traceback" not in done[2] and "Exception" not in done[2]
     return done
@@ -2635,19 +2605,16 @@ MANY = "".join(f"{i}\n" for i in range(30_000))
 ENTRY = '{"topic": "%s", "message": "%s"}'
 
 
-@pytest.mark.parametrize(
-    ("words", "stdin", "messages"),
-    [
-        ("put t --port $PORT hello --timeout 5 you", "", ["hello", "you"]),
-        ("put --port=$PORT t -5 -- -x -- ''", "", ["-5", "-x", "--", ""]),
-        ("--port $PORT put -- t -x", "", ["-x"]),
-        ("put t --port $PORT", "a\n\n世\nlast", ["a", "", "世", "last"]),
-        ("put t - --port $PORT", "a\n", ["a"]),
-        ("put t --port $PORT", "", []),
-        ("put t --port $PORT", MANY, MANY.split()),
-        ("put t --port $PORT", "x" * 300_000 + "\ny\n", ["x" * 300_000, "y"]),
-    ],
-)
+@pytest.mark.parametrize(("words", "stdin", "messages"), [
+    ("put t --port $PORT hello --timeout 5 you", "", ["hello", "you"]),
+    ("put --port=$PORT t -5 -- -x -- ''", "", ["-5", "-x", "--", ""]),
+    ("--port $PORT put -- t -x", "", ["-x"]),
+    ("put t --port $PORT", "a\n\n世\nlast", ["a", "", "世", "last"]),
+    ("put t - --port $PORT", "a\n", ["a"]),
+    ("put t --port $PORT", "", []),
+    ("put t --port $PORT", MANY, MANY.split()),
+    ("put t --port $PORT", "x" * 300_000 + "\ny\n", ["x" * 300_000, "y"]),
+])  # fmt: skip
 def test_put_takes_messages_or_lines_and_options_anywhere(
     server: Server, connect: Connect, words: str, stdin: str, messages: list[str]
 ) -> None:
@@ -2677,17 +2644,14 @@ def test_put_hands_on_each_line_as_it_comes(server: Server, connect: Connect) ->
             assert mq.get_wait("t", PATIENCE_SECONDS) == text
 
 
-@pytest.mark.parametrize(
-    ("options", "status", "lines"),
-    [
-        ("a --count 2", 0, ["hé", "llo", ""]),
-        ("a --timeout 0.3", 0, ["hé", "llo", ""]),
-        ("a --timeout 0.3 --count 3", 1, ["hé", "llo", ""]),
-        ("a --count 3 b", 0, ["a hé", "llo", "a ", "b y"]),
-        ("a --json --count 2", 0, [ENTRY % ("a", r"h\u00e9\nllo"), ENTRY % ("a", "")]),
-        ("b --json --timeout inf --count 1", 0, [ENTRY % ("b", "y")]),
-    ],
-)
+@pytest.mark.parametrize(("options", "status", "lines"), [
+    ("a --count 2", 0, ["hé", "llo", ""]),
+    ("a --timeout 0.3", 0, ["hé", "llo", ""]),
+    ("a --timeout 0.3 --count 3", 1, ["hé", "llo", ""]),
+    ("a --count 3 b", 0, ["a hé", "llo", "a ", "b y"]),
+    ("a --json --count 2", 0, [ENTRY % ("a", r"h\u00e9\nllo"), ENTRY % ("a", "")]),
+    ("b --json --timeout inf --count 1", 0, [ENTRY % ("b", "y")]),
+])  # fmt: skip
 def test_watch_shows_messages_alone_or_with_their_topics(
     server: Server, connect: Connect, options: str, status: int, lines: list[str]
 ) -> None:
@@ -2797,9 +2761,7 @@ def test_errors_are_one_line_and_a_status(server: Server) -> None:
     together(check, (ERRORS[::2], ERRORS[1::2]))
 
 
-@engines("redis")
-def test_the_command_line_takes_the_url_of_a_redis(connect: Connect) -> None:
-    redis = connect.nodes[0]
+def test_the_command_line_takes_the_url_of_a_redis(redis: Redis) -> None:
     redis.cli("acl", "setuser", "me", "on", ">hidden", "~*", "&*", "+@all")
     host = f"--host redis://me:hidden@{HOST}:{redis.port}/0"
     with watching(f"{host} a --count 2") as process:
@@ -2869,7 +2831,6 @@ def test_secret_and_tls_on_a_command_line(launch: Launch, certificate: Path) -> 
 
 
 # ------------------------------------------------ README, the demos and the package
-
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
@@ -2969,8 +2930,7 @@ def test_readme_names_all_actions_methods_and_options() -> None:
         for title in ("Protocol", "Client")
     )
     assert protocol and client
-    actions = re.findall(r"^\| `(\w+)` \|", protocol[0], re.M)
-    assert actions == ACTIONS
+    assert re.findall(r"^\| `(\w+)` \|", protocol[0], re.M) == ACTIONS
     methods = re.findall(r"^\| `(\w+)\(", client[0], re.M)
     public = {name for name in vars(Client) if not name.startswith("_")}
     assert sorted(methods) == sorted(public - {"closed"})
@@ -3010,8 +2970,7 @@ def test_the_package_brings_types_and_starts_in_every_way(tmp_path: Path) -> Non
     module, quiet = (sys.executable, "-m"), ("-q", "--disable-pip-version-check")
     run(*module, "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=HERE)
     (sdist,) = tmp_path.glob("*.tar.gz")  # which must do for the wheel
-    build = "wheel", "--no-build-isolation", "--no-deps"
-    run(*module, "pip", *quiet, *build, sdist)
+    run(*module, "pip", *quiet, "wheel", "--no-build-isolation", "--no-deps", sdist)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("dsmq/__init__.py") == (HERE / "dsmq.py").read_bytes()
