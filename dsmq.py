@@ -595,15 +595,19 @@ class MessageStore:
     def take_readers(self, entry: _Topic) -> list[tuple[list[Message], list[Any]]]:
         """Readers that are to be answered, no longer waiting, by what they get."""
         places: dict[Place, list[Any]] = {}  # most are at the same
+        ready: list[tuple[list[Message], list[Any]]] = []
         with self._lock:
             entry.round_due = False
             entry.rests_until = time.monotonic() + 0.002
             waiters = self._waiters.get(entry.name, {})
             for waiter, place in waiters.items():
                 places.setdefault(place, []).append(waiter)
-            ready = [(self._read(entry.name, *at), some) for at, some in places.items()]
-            # For the others there is nothing: it has expired, or they want later ones.
-            ready = [(found, some) for found, some in ready if found]
+            for place, some in places.items():
+                # For the others there is nothing: it expired, or they want later ones.
+                if len(ready) < 16 and (found := self._read(entry.name, *place)):
+                    ready.append((found, some))
+            if len(ready) == 16:  # the next round has more, or all others would wait
+                self._defer(entry, True)
             # Only now: one taken out before memory ran out would get no answer.
             for waiter in [waiter for _, some in ready for waiter in some]:
                 del waiters[waiter]
