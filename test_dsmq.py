@@ -905,9 +905,9 @@ def test_requests_wait_their_turn_or_for_a_put(server: Server, raw: Raws) -> Non
 
 
 def test_a_crowd_that_waits_is_answered_at_once(server: Server, raw: Raws) -> None:
-    crowd = [raw() for _ in range(12)]  # more than a putter answers by itself
-    for peer in crowd:
-        peer.send(**GET, wait=30)
+    crowd = [raw() for _ in range(40)]  # more than a putter answers by itself, ...
+    for i, peer in enumerate(crowd):
+        peer.send(**GET, wait=30, limit=1 + i % 20)  # ... and than fit one round
     eventually_waiting(server, "t", len(crowd))
     with within(10):
         raw().ask(**PUT)
