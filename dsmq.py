@@ -83,7 +83,8 @@ if __name__ in sys.modules:  # not when some tool runs the file without importin
 
 _T = TypeVar("_T")
 _Fields = dict[str, Any]  # of a frame's object
-_Messages = tuple[list[int], list[str], float]  # ids, texts, when the first expires
+# Ids, texts, when the first of them expires, and up to when all that was put is read.
+_Messages = tuple[list[int], list[str], float, float]
 _Bytes = bytes | memoryview
 _Path = str | os.PathLike[str]
 _TLS = bool | _Path
@@ -606,7 +607,7 @@ class MessageStore:
                 # For the others there is nothing: it expired, or they want later ones.
                 if len(ready) < 16 and (found := self._read(entry.name, *place)):
                     ready.append((found, some))
-            if len(ready) == 16:  # the next round has more, or all others would wait
+            if len(ready) == 16:  # the next round may have more; others want the lock
                 self._defer(entry, True)
             # Only now: one taken out before memory ran out would get no answer.
             for waiter in [waiter for _, some in ready for waiter in some]:
@@ -779,9 +780,8 @@ class _Server(socketserver.ThreadingTCPServer):
             for waiter in waiters:
                 try:
                     waiter.answer(reply)
-                except MemoryError:
+                except MemoryError:  # so its client asks again
                     waiter.answered.release()
-                    waiter.shut()
         now = time.monotonic()
         entry.rests_until = now + min(4 * (now - begun), 0.002)
 
@@ -1046,7 +1046,7 @@ class _Handler(socketserver.BaseRequestHandler):
     }  # fmt: skip
 
 
-# What a field of a request must be. Both raise ValueError, naming field and value.
+# What a field of a request must be. Both raise ValueError, which tells the rule.
 
 _check_field = partial(_check_number, wrong=ValueError)
 
@@ -1226,7 +1226,6 @@ class DSMQClientSideConnection:
         self._server: str | None = None  # whose the cursors are
         self._start = 0  # where reading a topic begins: at connect the head
         self._max_frame_bytes = MAX_FRAME_BYTES
-        self._time_to_live: Any = math.inf  # until a dsmq server tells it
         # Of one reply; less over a line that is slow, or breaks before it is through.
         self._read_ahead_bytes = FIRST_READ_AHEAD_BYTES
         self._cursors: dict[str, _Reader] = {}
@@ -1442,17 +1441,14 @@ class DSMQClientSideConnection:
         """The oldest messages, as many as wanted (None: the newest), or none."""
         limit, now = wanted or 1, time.monotonic()
         end = now + seconds
-        known = wanted and type(topic) is str and topic in self._cursors
-        expires = 1.0 if known else 0.0  # long ago, or there is nothing to take
-        while not (expires and (texts := self._take(topic, limit, now, limit))):
+        found = wanted and type(topic) is str and topic in self._cursors
+        while not (found and (texts := self._take(topic, limit, now, limit))):
             key = self._key(topic)
             if limit == 1:  # many might expire before they are enough
                 now = time.monotonic()
-            expires = self._call(partial(self._fetch, topic, key, end, wanted))
-            # All put until then has been read; what is put since might have no end.
-            read_to = expires - self._time_to_live if expires else time.monotonic()
-            if read_to >= end:
-                return self._take(topic, limit, now) if expires or limit > 1 else []
+            found, read_to = self._call(partial(self._fetch, topic, key, end, wanted))
+            if read_to >= end:  # what is put since might have no end
+                return self._take(topic, limit, now) if found or limit > 1 else []
         return texts
 
     # The lock keeps other threads out, but neither a signal handler of this one nor an
@@ -1482,28 +1478,29 @@ class DSMQClientSideConnection:
 
     def _fetch(
         self, topic: str, key: bytes, end: float, wanted: int | None, link: _Link
-    ) -> float:
+    ) -> tuple[bool, float]:
         """Reads messages ahead (None: the newest alone), waiting for the first; gives
-        when that expires or an earlier time, 0 if there was none."""
+        whether there are any, and up to when all that was put has been read."""
         if len(self._cursors) >= self._tidy_at:
             self._tidy(link)
         reader, after = self._cursors.get(topic), self._start
         if reader:
             after = reader.cursor if wanted is None else reader.last
             if reader.unread and wanted == 1:  # looked at after `last`, unlocked
-                return 1.0  # long ago; another thread has just read it ahead
+                return True, 0.0  # another thread has just read it ahead
         budget, begun, most = self._read_ahead_bytes, time.monotonic(), READ_AHEAD_BYTES
         # A part of the time that is left: the rest is for an answer that comes late.
         wait = max(min(end - begun, (link.end - begun) / 3, MAX_WAIT_SECONDS), 0.0)
         self._read_ahead_bytes = max(budget // 2, 256)
-        ids, texts, expires = self._read(link, key, after, wanted and budget, wait)
+        messages = self._read(link, key, after, wanted and budget, wait)
+        ids, texts, expires, all_to = messages
         if time.monotonic() < begun + wait + 1.0 and sum(map(len, texts)) <= most:
             self._read_ahead_bytes = min(2 * budget, most)
         if not ids:
-            return 0.0
+            return False, time.monotonic()
         if wanted is None:
             after = ids[0] - 1
-        unread = [*zip([after, *ids], texts, repeat(expires))][::-1]
+        unread, read_to = [*zip([after, *ids], texts, repeat(expires))][::-1], 0.0
         with self._lock:
             if self._server == link.server:  # whose ids these are
                 reader = self._cursors.setdefault(topic, _Reader(after))
@@ -1512,7 +1509,8 @@ class DSMQClientSideConnection:
                     reader.last, reader.unread = after, []
                 if reader.last == after:  # else another thread has it, or newer ones
                     reader.unread[:0], reader.last = unread, ids[-1]
-        return expires
+                    read_to = all_to
+        return True, read_to
 
     def _tidy(self, link: _Link) -> None:
         """Forgets what has expired, and cursors with only such before."""
@@ -1561,7 +1559,8 @@ class DSMQClientSideConnection:
             kinds: list[type] = [int] * len(ids) + [str] * len(ids)
             growing = [after, *ids] == sorted({after, *ids})
             if growing and [*map(type, ids + texts)] == kinds:
-                return ids, texts, begun + reply.get("expires", 0.0)
+                expires = begun + reply.get("expires", 0.0)
+                return ids, texts, expires, expires - self._time_to_live
         except (TypeError, KeyError):  # of what is no list, or no number
             pass
         raise FrameError(f"a reply without sound messages: {_shown(str(reply))}")
@@ -1813,17 +1812,19 @@ class _RedisConnection(DSMQClientSideConnection):
     ) -> _Messages:
         # The id, or that of the last that has expired, as Redis writes it.
         place = b"%d-%d" % divmod(max(after, self._expired(link)), _REDIS_ID)
+        begun, count = time.monotonic(), (budget or 0) // 6000 or 1
         if budget is None:
             rows = self._ask(link, key, "XREVRANGE", key, "+", b"(" + place, "COUNT", 1)
         else:
             block = ["BLOCK", max(int(wait * 1000), 1)] if wait else []
-            what = "COUNT", budget // 6000 or 1, *block, "STREAMS", key, place
+            what = "COUNT", count, *block, "STREAMS", key, place
             ((_, rows),) = self._ask(link, key, "XREAD", *what) or [(key, [])]
         if not all(b"message" in fields for _, fields in rows):
             raise DSMQError(f"the stream {_shown(key)} is not of dsmq alone")
         texts = [fields[b"message"].decode(errors="replace") for _, fields in rows]
         ids = [_redis_id(id_) for id_, _ in rows]
-        return ids, texts, min(ids, default=0) // _REDIS_ID / 1000 - self._lead
+        expires = min(ids, default=0) // _REDIS_ID / 1000 - self._lead
+        return ids, texts, expires, begun if len(rows) < count else 0.0
 
     def _expired(self, link: _Link) -> int:
         known = self._server

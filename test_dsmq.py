@@ -1644,6 +1644,7 @@ def test_a_wait_on_a_broken_line_ends_in_time(proxy: Proxy, connect: Connect) ->
         assert waiting() == ""
 
 
+@engines("dsmq", "redis")
 def test_get_many_ends_though_a_topic_does_not(proxy: Proxy, connect: Connect) -> None:
     mq, writer = connect(proxy.port), connect()
     writer.put_many("t", numbers(100))
